@@ -27,6 +27,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional
@@ -437,7 +438,9 @@ class RewardNormalizer:
 
 def linear(in_dim: int, out_dim: int, gain: float = 2**0.5, bias: bool = True) -> nn.Linear:
     """A linear layer, orthogonal with zero bias as in CleanRL; also the empty ones of one-dimensional actions."""
-    layer = nn.utils.skip_init(nn.Linear, in_dim, out_dim, bias=bias)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        layer = nn.Linear(in_dim, out_dim, bias=bias)
     if layer.weight.numel():
         nn.init.orthogonal_(layer.weight, gain)
     if bias:

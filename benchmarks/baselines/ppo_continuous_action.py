@@ -12,7 +12,7 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from nfpo_continuous_action import Args, main, linear  # noqa: E402
+from nfpo_continuous_action import Args, linear, main  # noqa: E402
 
 
 class GaussianPolicy(nn.Module):
