@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -802,8 +803,37 @@ def minibatch_loss(policy, critic, args: Args, obs, actions, old_log_probs, adva
     return loss, stats
 
 
-def ppo_update(policy, critic, optimizer, rollout: Rollout, args: Args, loss_fn=minibatch_loss) -> dict[str, float]:
-    """Algorithm 1, lines 10-17: N epochs of M minibatches. `loss_fn` is `minibatch_loss` or its compiled form."""
+def minibatch_gradient(policy, critic, args: Args, *minibatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of `minibatch_loss` as one vector, in `parameters_of`'s order, and the loss's tensor of statistics.
+
+    The gradient is taken in here, not by `loss.backward()` outside, so that one compiled graph holds both passes.
+    """
+    loss, stats = minibatch_loss(policy, critic, args, *minibatch)
+    gradients = torch.autograd.grad(loss, parameters_of(policy, critic), allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients]), stats
+
+
+def parameters_of(policy: nn.Module, critic: nn.Module) -> list[nn.Parameter]:
+    return [p for p in (*policy.parameters(), *critic.parameters()) if p.requires_grad]
+
+
+def flatten_parameters(parameters: list[nn.Parameter]) -> nn.Parameter:
+    """One vector that holds all parameters; they become views of it. Then a single operation clips the gradients, one
+    averages them over processes and one steps Adam, where there would be twenty each."""
+    vector = nn.Parameter(parameters_to_vector(parameters).detach())
+    vector_to_parameters(vector.data, parameters)
+    return vector
+
+
+def ppo_update(
+    policy, critic, optimizer, rollout: Rollout, args: Args, gradient_fn=minibatch_gradient
+) -> dict[str, float]:
+    """Algorithm 1, lines 10-17: N epochs of M minibatches.
+
+    Args:
+        optimizer: over the vector that `flatten_parameters` makes of the policy's and the critic's parameters.
+        gradient_fn: `minibatch_gradient`, or its compiled form.
+    """
     advantages = compute_gae(
         rollout.rewards,
         rollout.values,
@@ -820,7 +850,7 @@ def ppo_update(policy, critic, optimizer, rollout: Rollout, args: Args, loss_fn=
         with torch.no_grad():
             old_log_probs = policy.log_prob(obs.flatten(0, 1), actions.flatten(0, 1)).view_as(old_log_probs)
     batch = [x.flatten(0, 1) for x in (obs, actions, old_log_probs, advantages, returns, rollout.values)]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    (parameters,) = optimizer.param_groups[0]["params"]
 
     all_stats, grad_norms = [], []
     for _ in range(args.update_epochs):
@@ -828,14 +858,14 @@ def ppo_update(policy, critic, optimizer, rollout: Rollout, args: Args, loss_fn=
         shuffled = [x[permutation] for x in batch]
         for start in range(0, args.batch_size, args.minibatch_size):
             minibatch = [x[start : start + args.minibatch_size] for x in shuffled]
-            loss, stats = loss_fn(policy, critic, args, *minibatch)
-            optimizer.zero_grad()
-            loss.backward()
-            average_gradients(parameters)
-            grad_norms.append(nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
+            gradient, stats = gradient_fn(policy, critic, args, *minibatch)
+            average_processes(gradient)
+            norm = gradient.norm()
+            parameters.grad = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             optimizer.step()  # line 24
+            grad_norms.append(norm)
             all_stats.append(stats)
-        if args.target_kl is not None and average(all_stats[-1][3]) > args.target_kl:
+        if args.target_kl is not None and average_processes(all_stats[-1][3].clone()) > args.target_kl:
             break
 
     stats = torch.stack(all_stats)
@@ -852,24 +882,12 @@ def ppo_update(policy, critic, optimizer, rollout: Rollout, args: Args, loss_fn=
     }
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Data parallelism: every process gets the mean of all processes' gradients. Alone, nothing happens."""
+def average_processes(x: torch.Tensor) -> torch.Tensor:
+    """Data parallelism: replace `x` by its mean over all processes. Alone, nothing happens."""
     if dist.is_initialized():
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.view(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for gradient, averaged in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(averaged.view_as(gradient))
-
-
-def average(x: torch.Tensor) -> float:
-    """Mean of a scalar over all processes, so that all of them decide alike."""
-    if dist.is_initialized():
-        x = x.clone()
         dist.all_reduce(x)
         x /= dist.get_world_size()
-    return x.item()
+    return x
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1121,32 +1139,30 @@ class NonFinite(ArithmeticError):
 
 
 def compile_functions(policy, critic, args: Args, obs_dim: int, action_dim: int, device: torch.device):
-    """`policy.sample` and `minibatch_loss`, compiled where there is a compiler: the same functions, only faster.
+    """`policy.sample` and `minibatch_gradient`, compiled where there is a compiler: the same functions, only faster.
 
     Both are called once here, on zeros, so that a missing compiler shows before training starts.
     """
     if not args.compile:
-        return policy.sample, minibatch_loss
-    # The same random numbers as in eager mode, from the same generator.
-    torch._inductor.config.fallback_random = True
+        return policy.sample, minibatch_gradient
+    torch._inductor.config.fallback_random = True  # draw the random numbers that eager mode draws
+    torch._dynamo.config.trace_autograd_ops = True  # allow torch.autograd.grad within a compiled function
     sample = torch.compile(policy.sample, dynamic=False)
-    loss_fn = torch.compile(minibatch_loss, dynamic=False)
+    gradient_fn = torch.compile(minibatch_gradient, dynamic=False, fullgraph=True)
     state = random_state()
     try:
         with torch.no_grad():
             sample(torch.zeros(args.num_envs, obs_dim, device=device))
         size = args.minibatch_size
         obs, actions = torch.zeros(size, obs_dim, device=device), torch.zeros(size, action_dim, device=device)
-        loss_fn(policy, critic, args, obs, actions, *torch.zeros(4, size, device=device))[0].backward()
+        gradient_fn(policy, critic, args, obs, actions, *torch.zeros(4, size, device=device))
     except Exception as error:
         # The compiler's errors are its own and change with versions; none of them may cost anybody a training run.
         print(f"torch.compile does not work here ({str(error).strip().splitlines()[0]}): going on eagerly, slower.")
-        return policy.sample, minibatch_loss
+        return policy.sample, minibatch_gradient
     finally:
         set_random_state(state)
-        for parameter in (*policy.parameters(), *critic.parameters()):
-            parameter.grad = None
-    return sample, loss_fn
+    return sample, gradient_fn
 
 
 def train(args: Args, policy_class: type = FlowPolicy) -> dict:
@@ -1235,8 +1251,8 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     policy = make_policy(policy_class, obs_dim, action_dim, args).to(device)
     critic = Critic(obs_dim).to(device)
-    parameters = [*policy.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    parameters = flatten_parameters(parameters_of(policy, critic))
+    optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=1e-5, fused=True)
     torch.manual_seed(args.seed + rank)  # and from here on has noise and minibatches of its own
     collector = Collector(envs, args.gamma, device)
     env_seed = args.seed + rank * args.num_envs
@@ -1255,7 +1271,7 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
             if is_main:
                 print(f"{args.env_id} cannot be restored within an episode: its episodes start anew.")
         set_random_state(mine["random"])
-    sample, loss_fn = compile_functions(policy, critic, args, obs_dim, action_dim, device)
+    sample, gradient_fn = compile_functions(policy, critic, args, obs_dim, action_dim, device)
 
     writer = open_logs(args, run_dir, new=checkpoint is None) if is_main else None
     num_iterations = args.num_iterations(world_size)
@@ -1273,9 +1289,9 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
                 optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / num_iterations) * args.learning_rate
             before = collector.obs_stats.state_dict(), collector.normalize_reward.stats.state_dict()
             rollout, episodes = collect_rollout(collector, sample, critic, args.num_steps)
-            metrics = ppo_update(policy, critic, optimizer, rollout, args, loss_fn)
+            metrics = ppo_update(policy, critic, optimizer, rollout, args, gradient_fn)
             broken = [name for name, value in metrics.items() if not math.isfinite(value)]
-            if broken or not all(bool(torch.isfinite(p).all()) for p in parameters):
+            if broken or not torch.isfinite(parameters).all():
                 raise NonFinite(f"{broken[0] if broken else 'a parameter'} is not finite")
             if world_size > 1:
                 collector.obs_stats.merge_processes(before[0])
@@ -1283,7 +1299,7 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
                 gathered = [None] * world_size
                 dist.all_gather_object(gathered, episodes)
                 episodes = sorted(sum(gathered, []))
-                stop.number = int(average(torch.tensor(float(stop.number), device=device)) * world_size)
+                stop.number = int(average_processes(torch.tensor(float(stop.number), device=device)) * world_size)
 
             if is_main:
                 for step, episodic_return, length in episodes:
