@@ -385,7 +385,7 @@ class RunningMeanStd:
         self.sum_squares = self.sum_squares + (deviation * (batch - self.mean)).sum(0)
 
     def state_dict(self) -> dict:
-        return {name: torch.as_tensor(value).clone() for name, value in vars(self).items()}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in vars(self).items()}
 
     def load_state_dict(self, state: dict) -> None:
         self.count = state["count"].item()
