@@ -576,7 +576,8 @@ class FlowPolicy(nn.Module):
             other = other * log_scale.exp() + shift  # Eq. 6
             log_scales.append(log_scale)
             kept, other = other, kept
-        return self.merge_halves(kept, other), log_scales
+        even, odd = (other, kept) if self.num_layers % 2 else (kept, other)
+        return self.merge(even, odd), log_scales
 
     def inverse(self, obs: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """f^-1 of the paper, last layer first: latents (B, D) to actions (B, D) and log|det da/dz| (B,)."""
@@ -590,11 +591,10 @@ class FlowPolicy(nn.Module):
             log_scale, shift = layer(obs_features, kept)
             other = (other - shift) * (-log_scale).exp()
             log_det = log_det - log_scale.sum(-1)
-        return torch.cat((kept, other), dim=-1)[..., self.interleave], log_det
+        return self.merge(kept, other), log_det
 
-    def merge_halves(self, kept: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """Undo the split after the last layer: halves to (B, D), dimensions in their own order."""
-        even, odd = (other, kept) if self.num_layers % 2 else (kept, other)
+    def merge(self, even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
+        """Undo the split: even- and odd-indexed dimensions to (B, D) in their own order."""
         return torch.cat((even, odd), dim=-1)[..., self.interleave]
 
     @torch.no_grad()
@@ -1149,6 +1149,7 @@ def compile_functions(policy, critic, args: Args, obs_dim: int, action_dim: int,
     torch._dynamo.config.trace_autograd_ops = True  # allow torch.autograd.grad within a compiled function
     sample = torch.compile(policy.sample, dynamic=False)
     gradient_fn = torch.compile(minibatch_gradient, dynamic=False, fullgraph=True)
+    print("Compiling; the first time on a machine this takes up to a minute (--no-compile starts at once).", flush=True)
     state = random_state()
     try:
         with torch.no_grad():
@@ -1198,6 +1199,9 @@ def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tupl
     """The run's folder, made anew or resumed, and the checkpoint to continue from, if there is one."""
     if args.resume:
         run_dir, checkpoint = Path(args.resume), None
+        found = json.loads((run_dir / "args.json").read_text())["policy_class"]
+        if found != policy_class.__name__:  # also where the run was killed before its first checkpoint
+            raise BadInput(f"--resume is {run_dir}, a run of {found}; this script trains {policy_class.__name__}")
         if (run_dir / "checkpoint.pt").exists():
             checkpoint = load_checkpoint(run_dir, policy_class, "--resume")
             if len(checkpoint["processes"]) != world_size:
@@ -1232,7 +1236,8 @@ def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tupl
     run_dir = Path(args.runs_dir, message[0])
     if rank == 0:
         temporary = run_dir / "args.tmp"
-        temporary.write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        contents = {"policy_class": policy_class.__name__, **dataclasses.asdict(args)}
+        temporary.write_text(json.dumps(contents, indent=2) + "\n")
         os.replace(temporary, run_dir / "args.json")
     return run_dir, None
 
@@ -1299,7 +1304,9 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
                 gathered = [None] * world_size
                 dist.all_gather_object(gathered, episodes)
                 episodes = sorted(sum(gathered, []))
-                stop.number = int(average_processes(torch.tensor(float(stop.number), device=device)) * world_size)
+                signal_number = torch.tensor(stop.number)  # whoever was told to stop, all stop together
+                dist.all_reduce(signal_number, dist.ReduceOp.MAX)
+                stop.number = signal_number.item()
 
             if is_main:
                 for step, episodic_return, length in episodes:
@@ -1424,7 +1431,8 @@ def parse_args(argv: Optional[list[str]] = None, defaults: Optional[Args] = None
     if args.resume:
         try:
             saved = json.loads(Path(path, "args.json").read_text())
-        except (OSError, ValueError) as error:
+            saved.pop("policy_class")
+        except (OSError, ValueError, KeyError) as error:
             raise BadInput(f"--resume is {path}, which holds no run (no readable args.json)") from error
     else:
         saved = load_checkpoint(path)["args"]

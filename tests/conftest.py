@@ -1,4 +1,4 @@
-"""What several test files share: running the script, inside this process or as a process of its own, and its results."""
+"""What several test files share: running the script, here or as a process of its own, and reading what it left."""
 
 import os
 import signal

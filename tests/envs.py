@@ -7,7 +7,7 @@ import numpy as np
 class PointMass(gym.Env):
     """Run along a lane: a point in R^3, steered by its velocity, that every careless shortcut fails on.
 
-    The reward is 4 + speed - 2 * distance to the lane, and only the time limit ends an episode.
+    The reward is 4 + 2 * speed - 3 * distance to the lane, and only the time limit ends an episode.
     Progress is observed and time is not: whoever takes the time limit for a death learns that progress kills.
     Observations are 5 + position / 10: without their statistics a policy is blind.
     The lane is narrow: a policy that cannot reduce its noise keeps stumbling off it.
@@ -27,7 +27,7 @@ class PointMass(gym.Env):
     def step(self, action):
         speed = (1 + float(action[0])) / 2
         self.position += speed, *action[1:]
-        reward = 4 + speed - 2 * float(np.linalg.norm(self.position[1:]))
+        reward = 4 + 2 * speed - 3 * float(np.linalg.norm(self.position[1:]))
         return self.observe(), reward, False, False, {}
 
     def observe(self):

@@ -84,10 +84,10 @@ def test_state_restores_in_worker_processes(tmp_path):
     restored_matches("Hopper-v4", True, tmp_path / "state.pt")
 
 
-RUN = "--env-id Hopper-v4 --num-steps 256 --num-minibatches 4 --update-epochs 2 --checkpoint-interval 2".split()
-EAGER = [*RUN, "--total-timesteps", 256 * 12, "--no-compile"]
-ASYNC = [*RUN, "--total-timesteps", 512 * 8, "--no-compile", "--num-envs", 2, "--async-envs"]
-COMPILED = [*RUN, "--total-timesteps", 256 * 8]
+RUN = "--env-id Hopper-v4 --num-steps 128 --num-minibatches 4 --update-epochs 1 --checkpoint-interval 2".split()
+EAGER = [*RUN, "--total-timesteps", 128 * 16, "--no-compile"]
+ASYNC = [*RUN, "--total-timesteps", 256 * 12, "--no-compile", "--num-envs", 2, "--async-envs"]
+COMPILED = [*RUN, "--total-timesteps", 128 * 16, "--num-flow-layers", 2]
 
 
 @pytest.fixture(scope="module")
@@ -136,18 +136,15 @@ def kill(folder: Path, *flags, delay: float, before_checkpoint: bool = False) ->
     return run_folders(folder)[0]
 
 
-@pytest.mark.parametrize("moments", [1, 2])
-def test_killed_and_resumed(moments, never_killed, tmp_path):
-    """Killed with -9 at random moments, once and twice, and resumed, a run equals one never killed."""
+def test_killed_and_resumed(never_killed, tmp_path):
+    """Killed twice with -9, at random moments, and resumed, a run equals one never killed."""
     expected = never_killed(EAGER)
-    rng = random.Random(os.getpid() + moments)
-    delays = [rng.uniform(0, 0.6 / moments) for _ in range(moments)]
+    rng = random.Random(os.getpid())
+    delays = rng.uniform(0, 0.3), rng.uniform(0, 0.3)
     print("killed after", delays)
     run_dir = kill(tmp_path, *EAGER, delay=delays[0])
-    for delay in delays[1:]:
-        kill(tmp_path, "--resume", run_dir, delay=delay)
-    iteration = nfpo.load_checkpoint(run_dir)["iteration"]
-    assert 0 < iteration < 12
+    kill(tmp_path, "--resume", run_dir, delay=delays[1])
+    assert 0 < nfpo.load_checkpoint(run_dir)["iteration"] < 16
     ended = run("--resume", run_dir, cwd=tmp_path)
     assert ended.status == 0, ended.err
     assert run_folders(tmp_path) == [run_dir]
@@ -163,14 +160,6 @@ def test_killed_before_first_checkpoint(never_killed, tmp_path):
     assert_same_run(run_dir, never_killed(EAGER))
 
 
-def test_killed_with_worker_processes(never_killed, tmp_path):
-    """Two environments in worker processes resume like one in the same process."""
-    run_dir = kill(tmp_path, *ASYNC, delay=0.2)
-    ended = run("--resume", run_dir, cwd=tmp_path)
-    assert ended.status == 0, ended.err
-    assert_same_run(run_dir, never_killed(ASYNC))
-
-
 def test_killed_while_compiled(never_killed, tmp_path):
     """Compiled runs resume bit for bit too."""
     run_dir = kill(tmp_path, *COMPILED, delay=0)
@@ -179,9 +168,9 @@ def test_killed_while_compiled(never_killed, tmp_path):
     assert_same_run(run_dir, never_killed(COMPILED))
 
 
-@pytest.mark.parametrize("number, flags", [(signal.SIGTERM, EAGER), (signal.SIGINT, ASYNC)])
+@pytest.mark.parametrize("number, flags", [(signal.SIGTERM, EAGER), (signal.SIGINT, ASYNC)], ids=["term", "int_async"])
 def test_stop_signal_saves(number, flags, never_killed, tmp_path):
-    """SIGTERM and Ctrl-C (which reaches workers too) save, exit with 128 + signal, and lose no iteration."""
+    """SIGTERM and Ctrl-C, which reaches worker processes too, save, exit with 128 + signal, and lose no iteration."""
     process = start(*flags, cwd=tmp_path)
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
     os.killpg(process.pid, number)
@@ -191,32 +180,10 @@ def test_stop_signal_saves(number, flags, never_killed, tmp_path):
     assert "Traceback" not in ended.err and f"--resume {run_dir.relative_to(tmp_path)}" in ended.out
     saved = nfpo.load_checkpoint(run_dir)
     assert saved["global_step"] == max(step for step, _ in scalars(run_dir)["losses/value_loss"])
+    if flags is ASYNC:  # and one kill -9, so that worker processes are restored after that as well
+        kill(tmp_path, "--resume", run_dir, delay=0.1)
     assert run("--resume", run_dir, cwd=tmp_path).status == 0
     assert_same_run(run_dir, never_killed(flags))
-
-
-def test_signal_after_the_save_is_not_lost(cli, monkeypatch):
-    """A stop between an iteration's save and the next iteration still saves what was trained before it exits."""
-    real = nfpo.Progress.update
-    stops = []
-
-    def stop_late(progress, step, *rest):
-        stops.append(step)
-        return real(progress, step, *rest)
-
-    monkeypatch.setattr(nfpo.Progress, "update", stop_late)
-    real_writer = nfpo.SummaryWriter.add_scalar
-
-    def signal_on_last_scalar(writer, name, value, step, *rest):
-        real_writer(writer, name, value, step, *rest)
-        if name == "charts/SPS" and step == 128:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(nfpo.SummaryWriter, "add_scalar", signal_on_last_scalar)
-    flags = [*SMALL, "--env-id", "Hopper-v4", "--total-timesteps", 64 * 9, "--checkpoint-interval", 5]
-    ended = cli(*flags)
-    assert ended.status == 143
-    assert nfpo.load_checkpoint(run_folders(cli.folder)[0])["global_step"] == stops[-1]
 
 
 @pytest.fixture
@@ -230,24 +197,25 @@ def hopper_copy(hopper_run, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "flags, allowed",
+    "flags, saved",
     [
-        (["--num-steps", "64"], "64"),
         (["--learning-rate", "0.1"], "0.0003"),
         (["--env-id", "Walker2d-v4"], "Hopper-v4"),
         (["--scale-fn", "clip"], "tanh"),
         (["--no-anneal-lr"], "True"),
     ],
 )
-def test_contradicting_flag(flags, allowed, cli, hopper_copy):
-    """A flag beside --resume that contradicts the run is an error that names it; the same value again is none."""
+def test_contradicting_flag(flags, saved, cli, hopper_copy):
+    """A flag beside --resume that contradicts the run is an error that names it and the run's own value."""
     ended = cli("--resume", hopper_copy, *flags)
-    if flags == ["--num-steps", "64"]:
-        assert ended.status == 0
-        return
     assert ended.status == 2
     flag = flags[0].replace("--no-", "--")
-    assert flag in ended.err and allowed in ended.err and ended.err.count("\n") == 1, ended.err
+    assert flag in ended.err and saved in ended.err and ended.err.count("\n") == 1, ended.err
+
+
+def test_repeated_flag(cli, hopper_copy):
+    """A flag beside --resume that says what the run says is no error."""
+    assert cli("--resume", hopper_copy, "--num-steps", 64, "--env-id", "Hopper-v4").status == 0
 
 
 def test_tracking_and_video_may_differ(hopper_copy, monkeypatch):
@@ -274,7 +242,7 @@ def test_checkpoint_is_plain(hopper_run):
     """A checkpoint holds tensors and plain values only, and everything that training needs."""
     checkpoint = torch.load(hopper_run / "checkpoint.pt", weights_only=True)
     assert {"policy", "critic", "optimizer", "args", "iteration", "global_step", "processes"} <= checkpoint.keys()
-    assert checkpoint["args"] == json.loads((hopper_run / "args.json").read_text())
+    assert checkpoint["args"].items() <= json.loads((hopper_run / "args.json").read_text()).items()
     assert checkpoint["processes"][0]["random"].keys() >= {"torch", "numpy", "python"}
 
 
