@@ -289,7 +289,8 @@ def make_env(env_id: str, index: int = 0, video_dir: Optional[Path] = None, vide
     """Return a function that builds environment `index`; `video` goes to RecordVideo (`episode_trigger`, ...)."""
 
     def thunk() -> gym.Env:
-        env = gym.make(env_id, render_mode="rgb_array" if video_dir else None, disable_env_checker=True)
+        render = {"render_mode": "rgb_array"} if video_dir else {}
+        env = gym.make(env_id, disable_env_checker=True, **render)
         if video_dir:
             env = gym.wrappers.RecordVideo(env, str(video_dir), name_prefix=video_prefix, **video)
         if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
@@ -310,8 +311,19 @@ def make_envs(args: Args, rank: int = 0, video_dir: Optional[Path] = None, video
     return vector_class(thunks, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
+def repair_gl() -> None:
+    """Where MUJOCO_GL names a library that is missing, MuJoCo cannot even be imported: go on without any GL."""
+    try:
+        import mujoco  # noqa: F401
+    except Exception:
+        for name in [name for name in sys.modules if name.split(".")[0] in ("mujoco", "OpenGL")]:
+            del sys.modules[name]
+        os.environ["MUJOCO_GL"] = "disabled"
+
+
 def check_env(env_id: str) -> None:
     """Raise `BadInput` for an environment that does not exist or has the wrong kind of spaces."""
+    repair_gl()
     try:
         env = gym.make(env_id, disable_env_checker=True)
     except Exception as error:
@@ -342,12 +354,16 @@ def check_env(env_id: str) -> None:
 
 def can_render(env_id: str) -> bool:
     """Whether frames of the environment can be drawn here; prints one line that says what to install if not."""
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # off-screen; GLFW, the default, needs a display
+    if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.get("MUJOCO_GL"):
+        os.environ["MUJOCO_GL"] = "egl"  # off-screen; GLFW, the default, needs a display
     env = None
     try:
         import moviepy  # noqa: F401  # RecordVideo needs it, and would say so only at the end of an episode
 
+        if os.environ.get("MUJOCO_GL") == "egl":
+            import mujoco.egl  # noqa: F401  # fails here in one piece; within Gymnasium's viewer it leaves half of one
+        elif os.environ.get("MUJOCO_GL") == "disabled":
+            raise RuntimeError("what MUJOCO_GL names is missing")
         env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
         env.reset(seed=0)
         env.render()
@@ -482,7 +498,8 @@ class CouplingLayer(nn.Module):
             return scale
         if self.scale_fn == "zero":
             return torch.zeros_like(scale)
-        alpha = torch.where(scale >= 0, 0.1, 2.0)  # Andrade (2024): growth is bounded much tighter than shrinkage
+        # Andrade (2024): growth is bounded much tighter than shrinkage.
+        alpha = torch.full_like(scale, 2.0).masked_fill(scale >= 0, 0.1)
         return (2 / torch.pi) * alpha * torch.atan(scale / alpha)
 
 
@@ -663,6 +680,10 @@ class Collector:
         self.obs = torch.zeros(envs.num_envs, *envs.single_observation_space.shape, device=device)
         self.episode_return = np.zeros(envs.num_envs)
         self.episode_length = np.zeros(envs.num_envs, dtype=np.int64)
+
+    def stats(self) -> tuple[dict, dict]:
+        """The statistics of observations and of rewards."""
+        return self.obs_stats.state_dict(), self.normalize_reward.stats.state_dict()
 
     def reset(self, seed: int) -> None:
         """Start new episodes everywhere."""
@@ -890,6 +911,14 @@ def average_processes(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def agree_on(number: int) -> int:
+    """The largest `number` of all processes."""
+    largest = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1022,7 +1051,8 @@ def evaluate(
 
     obs_stats = RunningMeanStd()
     obs_stats.load_state_dict(state["processes"][0]["collector"]["obs_stats"])
-    policy = make_policy(policy_class, env.observation_space.shape[0], env.action_space.shape[0], args)
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten, the caller's numbers must not be
+        policy = make_policy(policy_class, env.observation_space.shape[0], env.action_space.shape[0], args)
     try:
         policy.load_state_dict(state["policy"])
     except RuntimeError as error:
@@ -1068,12 +1098,15 @@ def to_onnx(deployed: DeployedPolicy, path: str, obs: np.ndarray) -> float:
         dynamo=True,
         verbose=False,
     )
-    program.save(path, external_data=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    temporary = path + ".tmp"
+    program.save(temporary, external_data=False)
+    session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
     with torch.no_grad():
         difference = np.abs(session.run(None, {"obs": obs.numpy()})[0] - deployed(obs).numpy()).max()
     if not difference <= 1e-5:
+        os.remove(temporary)
         raise RuntimeError(f"{path} differs from the PyTorch policy by {difference:.1e}, allowed is 1e-5")
+    os.replace(temporary, path)
     print(f"Wrote {path}; on {len(obs)} observations it differs from the PyTorch policy by {difference:.1e} at most.")
     return float(difference)
 
@@ -1178,6 +1211,8 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     rank, world_size, local_rank = (
         int(os.environ.get(k, d)) for k, d in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010")
     )
+    if args.resume and Path(args.resume, "checkpoint.pt").exists():
+        load_checkpoint(args.resume, policy_class, "--resume")  # a wrong policy is reported before its flags
     check_args(args, policy_class, world_size)
     check_env(args.env_id)
     stop = StopSignal()
@@ -1204,6 +1239,12 @@ def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tupl
             raise BadInput(f"--resume is {run_dir}, a run of {found}; this script trains {policy_class.__name__}")
         if (run_dir / "checkpoint.pt").exists():
             checkpoint = load_checkpoint(run_dir, policy_class, "--resume")
+            for name, value in checkpoint["args"].items():
+                if name not in RESUME_FLAGS and value != getattr(args, name):
+                    raise BadInput(
+                        f"--resume is {run_dir}, whose checkpoint was made with {as_flag(name)} {value} and whose "
+                        f"args.json says {getattr(args, name)}"
+                    )
             if len(checkpoint["processes"]) != world_size:
                 raise BadInput(
                     f"--resume is {run_dir}, a run of {len(checkpoint['processes'])} processes, not of {world_size}; "
@@ -1262,6 +1303,8 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
     collector = Collector(envs, args.gamma, device)
     env_seed = args.seed + rank * args.num_envs
     recent = deque(maxlen=100)  # returns of the last episodes
+    # What all processes agree on; what each sees from here on, the resets included, is merged after the iteration.
+    agreed = collector.stats()
     if checkpoint is None:
         collector.reset(env_seed)
     else:
@@ -1271,7 +1314,9 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
         recent.extend(checkpoint["recent_returns"])
         mine = checkpoint["processes"][rank]
         envs.reset(seed=env_seed)  # before their state is restored, environments must have been reset once
-        if not collector.load_state_dict(mine["collector"]):
+        restored = collector.load_state_dict(mine["collector"])
+        agreed = collector.stats()
+        if not restored:
             collector.reset(env_seed + global_step)
             if is_main:
                 print(f"{args.env_id} cannot be restored within an episode: its episodes start anew.")
@@ -1283,30 +1328,28 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
     steps_per_iteration = args.batch_size * world_size
     progress = Progress(num_iterations * steps_per_iteration, global_step, enabled=is_main)
     saved_iteration, metrics, sps, start_time = iteration, {}, 0, time.time()
+    stop_signal = 0  # read once an iteration, so that all processes, and saving and leaving, agree on it
 
     def mean_return() -> float:
         return float(np.mean(recent)) if recent else float("nan")
 
     try:
-        while iteration < num_iterations and not stop.number:
+        while iteration < num_iterations and not stop_signal:
             iteration += 1
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / num_iterations) * args.learning_rate
-            before = collector.obs_stats.state_dict(), collector.normalize_reward.stats.state_dict()
             rollout, episodes = collect_rollout(collector, sample, critic, args.num_steps)
             metrics = ppo_update(policy, critic, optimizer, rollout, args, gradient_fn)
             broken = [name for name, value in metrics.items() if not math.isfinite(value)]
             if broken or not torch.isfinite(parameters).all():
                 raise NonFinite(f"{broken[0] if broken else 'a parameter'} is not finite")
             if world_size > 1:
-                collector.obs_stats.merge_processes(before[0])
-                collector.normalize_reward.stats.merge_processes(before[1])
+                collector.obs_stats.merge_processes(agreed[0])
+                collector.normalize_reward.stats.merge_processes(agreed[1])
+                agreed = collector.stats()
                 gathered = [None] * world_size
                 dist.all_gather_object(gathered, episodes)
                 episodes = sorted(sum(gathered, []))
-                signal_number = torch.tensor(stop.number)  # whoever was told to stop, all stop together
-                dist.all_reduce(signal_number, dist.ReduceOp.MAX)
-                stop.number = signal_number.item()
 
             if is_main:
                 for step, episodic_return, length in episodes:
@@ -1326,7 +1369,8 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
                 for name, value in metrics.items():
                     writer.add_scalar(name, value, global_step)
 
-            if (iteration - 1) % args.checkpoint_interval == 0 or iteration == num_iterations or stop.number:
+            stop_signal = agree_on(stop.number)
+            if (iteration - 1) % args.checkpoint_interval == 0 or iteration == num_iterations or stop_signal:
                 mine = {"collector": collector.state_dict(), "random": random_state()}
                 processes = [mine]
                 if world_size > 1:
@@ -1369,12 +1413,12 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
                 wandb.finish()
 
     if is_main:
-        print_summary(run_dir, global_step, sps, time.time() - start_time, recent, stop.number)
+        print_summary(run_dir, global_step, sps, time.time() - start_time, recent, stop_signal)
     return {
         "run_dir": str(run_dir),
         "global_step": global_step,
         "episodic_return": mean_return(),
-        "stop_signal": stop.number,
+        "stop_signal": stop_signal,
         **metrics,
     }
 
@@ -1455,6 +1499,7 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
     try:
         args = parse_args(defaults=defaults)
         if args.evaluate:
+            load_checkpoint(args.evaluate, policy_class)  # a wrong policy is reported before its flags
             check_args(args, policy_class)
             torch.set_num_threads(args.torch_threads)
             returns = evaluate(

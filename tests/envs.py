@@ -16,9 +16,6 @@ class PointMass(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,))
     action_space = gym.spaces.Box(-1.0, 1.0, (3,))
 
-    def __init__(self, render_mode=None):
-        self.render_mode = render_mode
-
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.position = np.append(0.0, self.np_random.uniform(-1, 1, 2))

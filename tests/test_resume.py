@@ -210,12 +210,23 @@ def test_contradicting_flag(flags, saved, cli, hopper_copy):
     ended = cli("--resume", hopper_copy, *flags)
     assert ended.status == 2
     flag = flags[0].replace("--no-", "--")
-    assert flag in ended.err and saved in ended.err and ended.err.count("\n") == 1, ended.err
+    assert f"{flag} is" in ended.err and saved in ended.err and ended.err.count("\n") == 1, ended.err
 
 
 def test_repeated_flag(cli, hopper_copy):
     """A flag beside --resume that says what the run says is no error."""
     assert cli("--resume", hopper_copy, "--num-steps", 64, "--env-id", "Hopper-v4").status == 0
+
+
+def test_events_go_back_to_the_checkpoint(cli, hopper_run, hopper_copy):
+    """What was logged after the checkpoint, in the same event file or a later one, is gone before it is logged again."""
+    file = next(hopper_copy.glob("events.out.tfevents.*"))
+    content = file.read_bytes()
+    (hopper_copy / f"{file.name}.later").write_bytes(content)
+    file.write_bytes(content + content)
+    assert scalars(hopper_copy) != scalars(hopper_run)
+    assert cli("--resume", hopper_copy).status == 0
+    assert scalars(hopper_copy) == scalars(hopper_run)
 
 
 def test_tracking_and_video_may_differ(hopper_copy, monkeypatch):
