@@ -313,6 +313,8 @@ def make_envs(args: Args, rank: int = 0, video_dir: Optional[Path] = None, video
 
 def repair_gl() -> None:
     """Where MUJOCO_GL names a library that is missing, MuJoCo cannot even be imported: go on without any GL."""
+    if not os.environ.get("MUJOCO_GL"):
+        return
     try:
         import mujoco  # noqa: F401
     except Exception:
@@ -911,6 +913,15 @@ def average_processes(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def gather_processes(mine) -> list:
+    """What each process holds, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
 def agree_on(number: int) -> int:
     """The largest `number` of all processes."""
     largest = torch.tensor(number)
@@ -1347,35 +1358,20 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
                 collector.obs_stats.merge_processes(agreed[0])
                 collector.normalize_reward.stats.merge_processes(agreed[1])
                 agreed = collector.stats()
-                gathered = [None] * world_size
-                dist.all_gather_object(gathered, episodes)
-                episodes = sorted(sum(gathered, []))
-
-            if is_main:
-                for step, episodic_return, length in episodes:
-                    recent.append(episodic_return)
-                    step = global_step + step * args.num_envs * world_size
-                    writer.add_scalar("charts/episodic_return", episodic_return, step)
-                    writer.add_scalar("charts/episodic_length", length, step)
+            episodes = sorted(sum(gather_processes(episodes), []))
+            recent.extend(episodic_return for _, episodic_return, _ in episodes)
+            episodes = [(global_step + step * args.num_envs * world_size, *rest) for step, *rest in episodes]
             global_step += steps_per_iteration
             sps = progress.update(global_step, mean_return(), metrics["losses/approx_kl"])
+            if hasattr(policy, "diagnostics"):  # on every eighth transition: enough for a mean
+                metrics |= policy.diagnostics(rollout.obs.flatten(0, 1)[::8], rollout.actions.flatten(0, 1)[::8])
+            metrics |= {"charts/learning_rate": optimizer.param_groups[0]["lr"], "charts/SPS": sps}
             if is_main:
-                if hasattr(policy, "diagnostics"):  # on every eighth transition: enough for a mean
-                    metrics.update(
-                        policy.diagnostics(rollout.obs.flatten(0, 1)[::8], rollout.actions.flatten(0, 1)[::8])
-                    )
-                metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-                metrics["charts/SPS"] = sps
-                for name, value in metrics.items():
-                    writer.add_scalar(name, value, global_step)
+                log_iteration(writer, episodes, metrics, global_step)
 
             stop_signal = agree_on(stop.number)
             if (iteration - 1) % args.checkpoint_interval == 0 or iteration == num_iterations or stop_signal:
-                mine = {"collector": collector.state_dict(), "random": random_state()}
-                processes = [mine]
-                if world_size > 1:
-                    processes = [None] * world_size if is_main else None
-                    dist.gather_object(mine, processes)
+                processes = gather_processes({"collector": collector.state_dict(), "random": random_state()})
                 if is_main:
                     writer.flush()
                     checkpoint = {
@@ -1443,6 +1439,15 @@ def open_logs(args: Args, run_dir: Path, new: bool) -> SummaryWriter:
         rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
     return writer
+
+
+def log_iteration(writer: SummaryWriter, episodes: list, metrics: dict[str, float], global_step: int) -> None:
+    """Write the (step, return, length) of episodes that ended, and the update's metrics."""
+    for step, episodic_return, length in episodes:
+        writer.add_scalar("charts/episodic_return", episodic_return, step)
+        writer.add_scalar("charts/episodic_length", length, step)
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, global_step)
 
 
 def print_summary(run_dir: Path, global_step: int, sps: int, seconds: float, recent: deque, stop_signal: int) -> None:

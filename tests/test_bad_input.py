@@ -140,9 +140,9 @@ def copy_run(source: Path, target: Path) -> Path:
 
 def test_missing_run(flag, cli):
     """A path that holds no run is named."""
-    assert_one_line(cli(flag, "nowhere"), flag, "nowhere")
+    assert_one_line(cli(flag, "nowhere"), flag, "nowhere", "holds no")
     (cli.folder / "empty").mkdir()
-    assert_one_line(cli(flag, "empty"), flag, "empty")
+    assert_one_line(cli(flag, "empty"), flag, "empty", "holds no")
 
 
 @pytest.mark.parametrize("kept", [0, 10, 5000, -100])

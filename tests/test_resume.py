@@ -219,7 +219,7 @@ def test_repeated_flag(cli, hopper_copy):
 
 
 def test_events_go_back_to_the_checkpoint(cli, hopper_run, hopper_copy):
-    """What was logged after the checkpoint, in the same event file or a later one, is gone before it is logged again."""
+    """What was logged after the checkpoint, in its event file or a later one, is gone before it is logged again."""
     file = next(hopper_copy.glob("events.out.tfevents.*"))
     content = file.read_bytes()
     (hopper_copy / f"{file.name}.later").write_bytes(content)
