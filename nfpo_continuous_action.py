@@ -19,10 +19,13 @@ and export, training.
 
 import dataclasses
 import difflib
+import errno
+import itertools
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -207,7 +210,7 @@ def check_args(args: Args, policy_class: type, world_size: int = 1) -> None:
         for name in FLOW_FLAGS:
             if getattr(args, name) != getattr(Args, name):
                 raise BadInput(f"{as_flag(name)} is {getattr(args, name)}, but {policy_class.__name__} has no flow")
-    if args.cuda and not torch.cuda.is_available():
+    if args.cuda and not args.evaluate and not torch.cuda.is_available():
         raise BadInput("--cuda is given, but PyTorch finds no GPU here")
 
 
@@ -1017,8 +1020,8 @@ class DeployedPolicy(nn.Module):
         # In float64 as in training: a mean much larger than the deviation would cost float32 its digits.
         self.register_buffer("mean", torch.as_tensor(obs_stats.mean))
         self.register_buffer("std", torch.as_tensor(obs_stats.std))
-        self.register_buffer("low", torch.as_tensor(low))
-        self.register_buffer("high", torch.as_tensor(high))
+        self.register_buffer("low", torch.as_tensor(low).float())
+        self.register_buffer("high", torch.as_tensor(high).float())
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return self.act(obs, temperature=0.0)
@@ -1164,12 +1167,16 @@ class StopSignal:
     """Remembers SIGTERM or Ctrl-C, so that the iteration is finished and saved; a second one ends at once."""
 
     def __init__(self):
-        self.number = 0
+        self.number, self.process = 0, os.getpid()
         self.previous = {}
         if threading.current_thread() is threading.main_thread():
             self.previous = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(self, number, _frame) -> None:
+        if os.getpid() != self.process:  # a worker of --async-envs, which inherited this handler
+            if number == signal.SIGTERM:  # from its parent; a terminal's Ctrl-C reaches all, and the parent decides
+                os._exit(128 + number)
+            return
         self.number = number
         self.restore()
 
@@ -1233,9 +1240,20 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     distributed = "RANK" in os.environ
     if distributed:  # started by torchrun
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.cuda else "gloo")
+    envs, run_dir = None, None
     try:
-        return train_loop(args, policy_class, device, rank, world_size, stop)
+        draws = args.capture_video and rank == 0 and can_render(args.env_id)
+        run_dir, checkpoint = open_run(args, policy_class, rank, world_size)
+        global_step = checkpoint["global_step"] if checkpoint else 0
+        envs = make_envs(args, rank, run_dir / "videos" if draws else None, f"train-step{global_step}")
+        return train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, world_size, stop)
+    except BadInput:
+        if rank == 0 and run_dir and not args.resume:  # Weights & Biases refuses only once there is a folder
+            shutil.rmtree(run_dir)
+        raise
     finally:
+        if envs is not None:
+            envs.close()
         stop.restore()
         if distributed:
             dist.destroy_process_group()
@@ -1266,43 +1284,40 @@ def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tupl
         return run_dir, checkpoint
     message = [None]
     if rank == 0:
-        now = int(time.time())
-        while True:  # a second run in the same second takes the next one
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}".replace("/", "-").replace(":", "-")
-            try:
-                Path(args.runs_dir, name).mkdir(parents=True)
-                message = [name]
-                break
-            except FileExistsError as error:
-                if not Path(args.runs_dir).is_dir():
-                    message = [BadInput(f"--runs-dir is {args.runs_dir}, allowed is a folder: {error}")]
-                    break
-                now += 1
-            except OSError as error:
-                message = [BadInput(f"--runs-dir is {args.runs_dir}, allowed is a folder to write to: {error}")]
-                break
+        try:
+            message = [str(new_run_dir(args, policy_class))]
+        except BadInput as error:
+            message = [error]  # all processes have to end, not this one alone
     if world_size > 1:
         dist.broadcast_object_list(message)
     if isinstance(message[0], BadInput):
         raise message[0]
-    run_dir = Path(args.runs_dir, message[0])
-    if rank == 0:
-        temporary = run_dir / "args.tmp"
-        contents = {"policy_class": policy_class.__name__, **dataclasses.asdict(args)}
-        temporary.write_text(json.dumps(contents, indent=2) + "\n")
-        os.replace(temporary, run_dir / "args.json")
-    return run_dir, None
+    return Path(message[0]), None
 
 
-def train_loop(args: Args, policy_class: type, device, rank: int, world_size: int, stop: StopSignal) -> dict:
+def new_run_dir(args: Args, policy_class: type) -> Path:
+    """Make the run's folder with its arguments in it, both at once: a run killed at any moment can be resumed."""
+    contents = {"policy_class": policy_class.__name__, **dataclasses.asdict(args)}
+    temporary = Path(args.runs_dir, f".new-{os.getpid()}-{time.time_ns()}")
+    try:
+        temporary.mkdir(parents=True)
+        (temporary / "args.json").write_text(json.dumps(contents, indent=2) + "\n")
+    except OSError as error:
+        raise BadInput(f"--runs-dir is {args.runs_dir}, allowed is a folder to write to: {error}") from error
+    for now in itertools.count(int(time.time())):  # a second run in the same second takes the next one
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}".replace("/", "-").replace(":", "-")
+        try:
+            return temporary.rename(Path(args.runs_dir, name))
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                shutil.rmtree(temporary)
+                raise BadInput(f"--exp-name is {args.exp_name}, allowed is a part of a file name: {error}") from error
+
+
+def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, world_size, stop: StopSignal) -> dict:
     """Algorithm 1, with everything around it. Called by `train`."""
     is_main = rank == 0
-    draws = args.capture_video and is_main and can_render(args.env_id)
-    run_dir, checkpoint = open_run(args, policy_class, rank, world_size)
     iteration, global_step = (checkpoint["iteration"], checkpoint["global_step"]) if checkpoint else (0, 0)
-    video_dir = run_dir / "videos" if draws else None
-    envs = make_envs(args, rank, video_dir, f"train-step{global_step}")
-
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed)  # every process starts from the same networks
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
@@ -1400,7 +1415,6 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
         raise NonFinite(f"stopped in iteration {iteration}: {error}. {culprit}; {kept}") from error
     finally:
         progress.close()
-        envs.close()
         if is_main:
             writer.close()
             if args.track:
@@ -1422,18 +1436,24 @@ def train_loop(args: Args, policy_class: type, device, rank: int, world_size: in
 def open_logs(args: Args, run_dir: Path, new: bool) -> SummaryWriter:
     """TensorBoard's writer, mirrored to Weights & Biases with --track."""
     if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            id=run_dir.name,
-            name=run_dir.name,
-            resume="allow",
-            sync_tensorboard=True,
-            config=dataclasses.asdict(args),
-            dir=str(run_dir),
-        )
+        try:
+            import wandb
+        except ImportError as error:
+            raise BadInput(f"--track needs `pip install wandb`: {error}") from error
+        try:
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                id=run_dir.name,
+                name=run_dir.name,
+                resume="allow",
+                sync_tensorboard=True,
+                config=dataclasses.asdict(args),
+                dir=str(run_dir),
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise BadInput(f"--track cannot log in: {reason}; WANDB_MODE=offline needs no account") from error
     writer = SummaryWriter(str(run_dir))
     if new:
         rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
@@ -1484,7 +1504,7 @@ def parse_args(argv: Optional[list[str]] = None, defaults: Optional[Args] = None
         except (OSError, ValueError, KeyError) as error:
             raise BadInput(f"--resume is {path}, which holds no run (no readable args.json)") from error
     else:
-        saved = load_checkpoint(path)["args"]
+        saved = {**load_checkpoint(path)["args"], "capture_video": False}  # whether training was filmed says nothing
     try:
         saved = Args(**saved)
     except TypeError as error:

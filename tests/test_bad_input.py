@@ -230,3 +230,37 @@ def test_twin_as_a_program(tmp_path):
     ended = run(*SMALL, "--num-flow-layers", 2, cwd=tmp_path, script=TWIN)
     assert_one_line(ended, "--num-flow-layers", "2", "GaussianPolicy")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_track_without_an_account(tmp_path):
+    """Weights & Biases without an account is one line that says what to do, and leaves nothing behind."""
+    ended = run(
+        *SMALL,
+        "--env-id",
+        "Pendulum-v1",
+        "--track",
+        cwd=tmp_path,
+        WANDB_MODE="online",
+        WANDB_API_KEY="",
+        HOME=str(tmp_path),
+    )
+    assert ended.status == 2
+    assert "--track" in ended.err and "WANDB_MODE=offline" in ended.err and "Traceback" not in ended.err
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_broken_policy_with_worker_processes_ends(tmp_path):
+    """An error after the worker processes have started ends the program, and them."""
+    program = """
+import torch
+from nfpo_continuous_action import Args, train
+
+class Broken(torch.nn.Module):
+    def __init__(self, obs_dim, action_dim):
+        raise RuntimeError("broken on purpose")
+
+train(Args(env_id="Pendulum-v1", num_envs=2, async_envs=True, compile=False), Broken)
+"""
+    (tmp_path / "program.py").write_text(program)
+    ended = run(cwd=tmp_path, script=tmp_path / "program.py")
+    assert ended.status == 1 and "broken on purpose" in ended.err
