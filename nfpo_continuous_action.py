@@ -1198,8 +1198,9 @@ def compile_functions(policy, critic, args: Args, obs_dim: int, action_dim: int,
         return policy.sample, minibatch_gradient
     torch._inductor.config.fallback_random = True  # draw the random numbers that eager mode draws
     torch._dynamo.config.trace_autograd_ops = True  # allow torch.autograd.grad within a compiled function
-    sample = torch.compile(policy.sample, dynamic=False)
-    gradient_fn = torch.compile(minibatch_gradient, dynamic=False, fullgraph=True)
+    # Kernels this small are called from C++: from Python, the calls would cost as much as the work.
+    sample = torch.compile(policy.sample, dynamic=False, options={"cpp_wrapper": True})
+    gradient_fn = torch.compile(minibatch_gradient, dynamic=False, fullgraph=True, options={"cpp_wrapper": True})
     print("Compiling; the first time on a machine this takes up to a minute (--no-compile starts at once).", flush=True)
     state = random_state()
     try:
