@@ -11,10 +11,11 @@ The idea in five lines:
   5. To deploy, run f backwards from z = 0, the mode of the base distribution (Sec. A.6).
 
 Run:     python nfpo_continuous_action.py --env-id Humanoid-v4
-Expect:  1M steps in minutes to half an hour on one CPU core; the README has the learning curve and the returns.
+Expect:  1M steps in 10 to 20 minutes on one CPU core, and a mean return of about 950 (three seeds, see the README).
 
 Sections: Args, environment, flow policy and critic, one function for each step of Algorithm 1, checkpoint, evaluation
-and export, training.
+and export, training. In a hurry, read "Flow policy and critic" and "Algorithm 1": that is the paper. The rest is what a
+training run needs in order not to lose, repeat or hide anything.
 """
 
 import dataclasses
