@@ -1091,6 +1091,8 @@ def evaluate(
                 done = terminated or truncated
             returns.append(episode_return)
     env.close()
+    if video_dir:
+        print(f"Films of {eval_episodes} episodes are in {video_dir}")
     if export_onnx:
         to_onnx(deployed, export_onnx, np.stack(seen))
     return returns

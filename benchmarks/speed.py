@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -43,6 +44,8 @@ class SpeedArgs:
     """give every run an empty compiler cache"""
     memory: bool = False
     """measure instead the resident memory of one NFPO run, at a tenth of its steps and at its end"""
+    profile: bool = False
+    """show instead where the time of one NFPO step goes, without start-up"""
     csv: Optional[Path] = None
     """append the measurements to this file"""
     worker: Optional[Literal["sb3", "bare"]] = None
@@ -139,6 +142,47 @@ def memory(args: SpeedArgs) -> None:
     write_rows(args, [("memory", "nfpo", args.env_id, step, f"{resident:.1f} MiB") for step, resident in (early, late)])
 
 
+def profile(args: SpeedArgs) -> None:
+    """Wall-clock time of the parts of one NFPO step, by timers around the script's own functions; parts may nest."""
+    import gymnasium as gym
+
+    sys.path.insert(0, str(ROOT))
+    import nfpo_continuous_action as script
+
+    seconds = Counter()
+
+    def timed(function, name):
+        def timer(*arguments, **keywords):
+            start = time.perf_counter()
+            result = function(*arguments, **keywords)
+            seconds[name] += time.perf_counter() - start
+            return result
+
+        return timer
+
+    def timed_compiled(*arguments):
+        sample, gradient = compile_functions(*arguments)
+        seconds.clear()  # start-up ends here
+        return timed(sample, "sample"), timed(gradient, "gradient of a minibatch, all of them")
+
+    compile_functions, script.compile_functions = script.compile_functions, timed_compiled
+    for owner, name in (
+        (script, "collect_rollout"),
+        (script, "ppo_update"),
+        (script, "compute_gae"),
+        (script.ResumableEnv, "step"),
+        (gym.vector.SyncVectorEnv, "step"),
+        (script.Collector, "step"),
+        (script.Collector, "observe"),
+        (script.RewardNormalizer, "__call__"),
+    ):
+        setattr(owner, name, timed(getattr(owner, name), f"{owner.__name__}.{name}"))
+    with tempfile.TemporaryDirectory() as folder:
+        run = script.train(script.Args(env_id=args.env_id, total_timesteps=args.total_timesteps, runs_dir=folder))
+    for name, total in seconds.most_common():
+        print(f"{name:40s} {total / run['global_step'] * 1e6:7.1f} µs a step")
+
+
 def write_rows(args: SpeedArgs, rows: list[tuple]) -> None:
     if args.csv:
         new = not args.csv.exists()
@@ -153,8 +197,8 @@ def main() -> None:
     args = tyro.cli(SpeedArgs, description=__doc__.split("\n")[0])
     if args.worker:
         return {"sb3": sb3, "bare": bare}[args.worker](args)
-    if args.memory:
-        return memory(args)
+    if args.memory or args.profile:
+        return memory(args) if args.memory else profile(args)
     contenders = [name for name in args.contenders if name != "cleanrl" or args.cleanrl]
     seconds = {name: [] for name in contenders}
     kind = "cold" if args.cold else "warm"
