@@ -227,8 +227,7 @@ def as_flag(name: str) -> str:
 class ResumableEnv(gym.Wrapper):
     """Outermost wrapper: flat actions in, no infos out, and for MuJoCo the full state to be saved and restored.
 
-    Infos are dropped because the vector environment would merge every entry at every step, which costs a quarter of
-    HalfCheetah's physics, and nothing here reads them.
+    Infos are dropped because the vector environment would merge every entry at every step, and nothing here reads them.
     """
 
     def __init__(self, env: gym.Env, index: int):
@@ -1227,14 +1226,16 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     `policy_class(obs_dim, action_dim)` is any `nn.Module` with `sample` and `log_prob` as in `FlowPolicy`.
 
     Raises:
-        BadInput: before anything is written.
+        BadInput: with nothing left behind.
         NonFinite: where losses, parameters or actions stop being numbers; the last good checkpoint is kept.
     """
     rank, world_size, local_rank = (
         int(os.environ.get(k, d)) for k, d in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010")
     )
-    if args.resume and Path(args.resume, "checkpoint.pt").exists():
-        load_checkpoint(args.resume, policy_class, "--resume")  # a wrong policy is reported before its flags
+    if args.resume:
+        found = json.loads(Path(args.resume, "args.json").read_text())["policy_class"]
+        if found != policy_class.__name__:  # said before a flag that only the other policy has is said to be wrong
+            raise BadInput(f"--resume is {args.resume}, a run of {found}; this script trains {policy_class.__name__}")
     check_args(args, policy_class, world_size)
     check_env(args.env_id)
     stop = StopSignal()
@@ -1267,9 +1268,6 @@ def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tupl
     """The run's folder, made anew or resumed, and the checkpoint to continue from, if there is one."""
     if args.resume:
         run_dir, checkpoint = Path(args.resume), None
-        found = json.loads((run_dir / "args.json").read_text())["policy_class"]
-        if found != policy_class.__name__:  # also where the run was killed before its first checkpoint
-            raise BadInput(f"--resume is {run_dir}, a run of {found}; this script trains {policy_class.__name__}")
         if (run_dir / "checkpoint.pt").exists():
             checkpoint = load_checkpoint(run_dir, policy_class, "--resume")
             for name, value in checkpoint["args"].items():
@@ -1488,11 +1486,13 @@ def print_summary(run_dir: Path, global_step: int, sps: int, seconds: float, rec
     print(f"  curves    tensorboard --logdir {run_dir.parent}")
 
 
-def parse_args(argv: Optional[list[str]] = None, defaults: Optional[Args] = None) -> Args:
+def parse_args(
+    argv: Optional[list[str]] = None, defaults: Optional[Args] = None, policy_class: type = FlowPolicy
+) -> Args:
     """The command line. With --resume or --evaluate, the defaults are the run's own arguments.
 
     Raises:
-        BadInput: for a run that cannot be read, and for a flag that contradicts it.
+        BadInput: for a run that cannot be read, a checkpoint to evaluate of another policy, a flag that contradicts it.
     """
     description = __doc__.split("\n")[0]
     args = tyro.cli(Args, args=argv, default=defaults or Args(), description=description)
@@ -1508,7 +1508,10 @@ def parse_args(argv: Optional[list[str]] = None, defaults: Optional[Args] = None
         except (OSError, ValueError, KeyError) as error:
             raise BadInput(f"--resume is {path}, which holds no run (no readable args.json)") from error
     else:
-        saved = {**load_checkpoint(path)["args"], "capture_video": False}  # whether training was filmed says nothing
+        saved = {
+            **load_checkpoint(path, policy_class)["args"],
+            "capture_video": False,
+        }  # whether training was filmed says nothing
     try:
         saved = Args(**saved)
     except TypeError as error:
@@ -1526,9 +1529,8 @@ def parse_args(argv: Optional[list[str]] = None, defaults: Optional[Args] = None
 def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> None:
     """The command line: train, resume or evaluate."""
     try:
-        args = parse_args(defaults=defaults)
+        args = parse_args(defaults=defaults, policy_class=policy_class)
         if args.evaluate:
-            load_checkpoint(args.evaluate, policy_class)  # a wrong policy is reported before its flags
             check_args(args, policy_class)
             torch.set_num_threads(args.torch_threads)
             returns = evaluate(
