@@ -1,0 +1,581 @@
+"""The report: from the grid's runs to the committed CSV files, the figures and the tables of README.md beside this file.
+
+Run:     python benchmarks/report.py                # after benchmarks/run.py, at any time, finished or not
+Needs:   pip install -r requirements.txt -r requirements/benchmarks.txt
+
+First, what has ended in the runs folder goes into `results/`: one row a run in `runs.csv`, and curves in 50 bins a run in
+`curves/<environment>.csv`. Then figures and tables are made from `results/` alone, so that a fresh clone, which has no
+runs, gives the same ones. Statistics are those of Agarwal et al. (2021), by their library rliable: the interquartile mean
+(IQM) over seeds, 95 % intervals by stratified bootstrap, performance profiles, the probability of improvement.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple, Optional
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import tyro
+from rliable import library, metrics, plot_utils
+from scipy.stats import trim_mean
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.run import ABLATION, GRID, MUJOCO, ROOT, Run, identify, is_finished  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+BINS = 50
+KEY = list(Run._fields)
+SCALARS = {
+    "episodic_return": "charts/episodic_return",
+    "episodic_length": "charts/episodic_length",
+    "approx_kl": "losses/approx_kl",
+    "clipfrac": "losses/clipfrac",
+    "value_loss": "losses/value_loss",
+    "explained_variance": "losses/explained_variance",
+    "entropy": "losses/entropy",
+    "log_det": "flow/log_det",
+    "scale_abs_mean": "flow/scale_abs_mean",
+    "scale_saturation": "flow/scale_saturation",
+}
+STEPS_1M, STEPS_ABLATION = 1_000_000, 500_000
+TRAINING, DEPLOYED = "last_100_episodes", "evaluation"
+# rliable's own bootstrap draws 50,000 times; its interval's second digit settles long before.
+RESAMPLES = 2000
+
+
+@dataclasses.dataclass
+class ReportArgs:
+    runs_dir: Path = ROOT / "runs" / "grid"
+    """folder of the grid's runs; what has ended in it is added to the results, replacing an earlier run of the same name"""
+    results: Path = ROOT / "benchmarks" / "results"
+    """folder of the CSV files"""
+    figures: Path = ROOT / "benchmarks" / "figures"
+    """folder of the figures"""
+    readme: Path = ROOT / "benchmarks" / "README.md"
+    """file whose marked parts are written anew"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From runs to CSV
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_run(run_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A finished run's row for `runs.csv`, and its curves: one row a bin, the means of what was logged within it."""
+    run, record = identify(run_dir), json.loads((run_dir / "run.json").read_text())
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    logged = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    width = run.total_timesteps / BINS
+    columns = {}
+    for name, tag in SCALARS.items():
+        if tag in logged:
+            points = pd.DataFrame(logged[tag], columns=["step", name])
+            columns[name] = points.groupby(np.ceil(points.step / width) * width)[name].mean()
+    curves = pd.DataFrame(columns).rename_axis("step").reset_index().astype({"step": int})
+    steps, speed = logged.get("charts/SPS", [(0, np.nan)])[-1]  # none where the first update broke
+    returns = [value for _, value in logged.get("charts/episodic_return", [])]
+    row = {
+        **run._asdict(),
+        "status": {0: "finished", 3: "broke"}[record["status"]],
+        "steps": steps,
+        TRAINING: np.mean(returns[-100:]) if returns else np.nan,
+        DEPLOYED: np.mean(record.get("evaluation", np.nan)),
+        "steps_per_second": speed,
+        "seconds": record["seconds"],
+        **{name: record[name] for name in ("commit", "python", "torch", "gymnasium", "mujoco", "processor")},
+    }
+    return pd.DataFrame([row]), curves.assign(**run._asdict())[[*KEY, *curves.columns]]
+
+
+def replace_rows(path: Path, new: list[pd.DataFrame]) -> None:
+    """Add rows to a CSV file; those that it held under the same run go."""
+    new = pd.concat(new)
+    if path.exists():
+        old = pd.read_csv(path)
+        same = old.set_index(KEY).index.isin(new.set_index(KEY).index)
+        new = pd.concat([old[~same], new])
+    by = [*KEY, "step"] if "step" in new else KEY
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new.sort_values(by).to_csv(path, index=False, float_format="%.5g", lineterminator="\n")
+
+
+def curve_file(results: Path, env_id: str) -> Path:
+    return results / "curves" / f"{env_id.split(':')[-1]}.csv"
+
+
+def collect(runs_dir: Path, results: Path) -> int:
+    """Bring every ended run of the grid into `results`. Returns how many there were."""
+    runs = [(identify(f), f) for f in runs_dir.glob("*__*__*__*") if is_finished(f)] if runs_dir.is_dir() else []
+    found = {run: folder for run, folder in sorted(runs, key=lambda pair: pair[1].name.rsplit("__", 1)[1])}
+    read = {run: read_run(folder) for run, folder in found.items()}
+    if read:
+        replace_rows(results / "runs.csv", [row for row, _ in read.values()])
+    for env_id in {run.env_id for run in read}:
+        replace_rows(curve_file(results, env_id), [curves for run, (_, curves) in read.items() if run.env_id == env_id])
+    return len(read)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """A statistic with its 95 % interval and the number of seeds it comes from."""
+
+    value: float
+    low: float
+    high: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.0f} [{self.low:.0f}, {self.high:.0f}]" + (f" ({self.seeds})" if self.seeds < 5 else "")
+
+
+def bootstrap(scores, statistic: Callable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Value, lower and upper end of a statistic (K,) of scores (seeds, tasks, ...), or of a pair of such."""
+    np.random.seed(0)  # rliable draws from the global generator: the same results give the same table
+    values, intervals = library.get_interval_estimates({"": scores}, statistic, reps=RESAMPLES)
+    return values[""], *intervals[""]
+
+
+def iqm(scores: np.ndarray) -> Estimate:
+    """Interquartile mean of one score a seed, (seeds,)."""
+    value, low, high = bootstrap(scores[:, None], lambda x: np.array([metrics.aggregate_iqm(x)]))
+    return Estimate(value[0], low[0], high[0], len(scores))
+
+
+def iqm_curve(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Interquartile mean over seeds at each of T points, with its interval: (seeds, T) to three (T,)."""
+    return bootstrap(returns[:, None], lambda x: trim_mean(x[:, 0], 0.25, axis=0))
+
+
+def improvement(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
+    """Probability that a run of ours scores above a run of theirs, averaged over tasks; both (seeds, tasks)."""
+    pair = [ours, theirs]
+    value, low, high = bootstrap(pair, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]))
+    return Estimate(value[0], low[0], high[0], min(len(ours), len(theirs)))
+
+
+class Results:
+    """The CSV files, with the look-ups that figures and tables need."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        path = folder / "runs.csv"
+        self.runs = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*KEY, "status", TRAINING, DEPLOYED])
+        files = sorted((folder / "curves").glob("*.csv"))
+        self.curves = pd.concat(map(pd.read_csv, files)) if files else pd.DataFrame(columns=[*KEY, "step", *SCALARS])
+
+    def scores(self, env_id: str, variant: str, total: int, column: str = TRAINING) -> np.ndarray:
+        """One score a seed, in the order of the seeds, (seeds,)."""
+        rows = self.runs[select(self.runs, env_id, variant, total)].sort_values("seed")
+        return rows[column].dropna().to_numpy()
+
+    def matrix(self, env_ids: tuple[str, ...], variant: str, total: int) -> np.ndarray:
+        """Training scores (seeds, tasks), of as many seeds as all tasks have."""
+        columns = [self.scores(env_id, variant, total) for env_id in env_ids]
+        seeds = min(map(len, columns))
+        return np.stack([column[:seeds] for column in columns], axis=1)
+
+    def curve(self, env_id: str, variant: str, total: int, name: str) -> Optional[tuple[np.ndarray, np.ndarray]]:
+        """Steps (T,) and values (seeds, T); a bin without an episode takes what lies around it; the curves end where the
+        first seed's ends."""
+        rows = self.curves[select(self.curves, env_id, variant, total)]
+        table = rows.pivot(index="seed", columns="step", values=name) if len(rows) else pd.DataFrame()
+        table = table.interpolate(axis=1, limit_area="inside").bfill(axis=1).dropna(axis=1)
+        return (table.columns.to_numpy(), table.to_numpy()) if table.size else None
+
+    def has(self, env_ids: tuple[str, ...], variant: str, total: int) -> bool:
+        return all(len(self.scores(env_id, variant, total)) for env_id in env_ids)
+
+
+def select(table: pd.DataFrame, env_id: str, variant: str, total: int) -> pd.Series:
+    return (table.env_id == env_id) & (table.variant == variant) & (table.total_timesteps == total)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def draw_curves(axes, results: Results, env_id: str, variants: list[str], total: int, name: str, label: str) -> None:
+    """IQM over seeds with its interval, one line a variant; a cross where a run's numbers broke."""
+    colors = dict(zip(variants, plt.get_cmap("tab10").colors * 2))
+    for variant in variants:
+        curve = results.curve(env_id, variant, total, name)
+        if curve is None:
+            continue
+        steps, values = curve
+        middle, low, high = iqm_curve(values)
+        legend = f"{variant} ({len(values)} seed{'s' * (len(values) > 1)})"
+        axes.plot(steps, middle, color=colors[variant], label=legend, linewidth=1.5)
+        axes.fill_between(steps, low, high, color=colors[variant], alpha=0.2, linewidth=0)
+        rows = results.runs[select(results.runs, env_id, variant, total)]
+        if (rows.status == "broke").any():
+            axes.plot(steps[-1], middle[-1], "x", color=colors[variant], markersize=9, markeredgewidth=2)
+    axes.set(title=env_id.split(":")[-1], xlabel="environment steps", ylabel=label)
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    axes.grid(alpha=0.25)
+
+
+def save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def contenders(results: Results) -> list[str]:
+    """The variants of Figure S1 of which there are runs, in the grid's order."""
+    variants = dict.fromkeys(v for experiment in GRID if experiment.name.startswith("S1") for v in experiment.variants)
+    return [v for v in variants if any(results.has((env_id,), v, STEPS_1M) for env_id in MUJOCO)]
+
+
+def figure_s1(results: Results, folder: Path) -> None:
+    """Return over steps on the five tasks, and the published ends of other algorithms as dashed lines."""
+    figure, grid = plt.subplots(2, 3, figsize=(13, 7.5), layout="constrained")
+    published = pd.read_csv(results.folder / "published.csv")
+    for axes, env_id in zip(grid.flat, MUJOCO):
+        draw_curves(axes, results, env_id, contenders(results), STEPS_1M, "episodic_return", "episode return")
+        top = axes.get_ylim()[1]
+        notes = []
+        for row in published[published.env_id == env_id].itertuples():
+            if row.mean < 1.3 * top:
+                axes.axhline(row.mean, color="gray", linestyle="--", linewidth=0.8)
+                axes.text(0, row.mean, f" {row.algorithm} {row.steps / 1e6:g}M, published", fontsize=7, color="dimgray", va="bottom")
+            else:
+                notes.append(f"{row.algorithm} {row.mean:.0f}")
+        if notes:
+            text = "published, above: " + ", ".join(notes)
+            axes.text(0.02, 0.98, text, transform=axes.transAxes, fontsize=7, color="dimgray", va="top")
+    # One legend for all, in the empty sixth place; the numbers of seeds differ from task to task and stand in the table.
+    lines = {text.split(" (")[0]: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels())}
+    grid.flat[-1].axis("off")
+    grid.flat[-1].legend(lines.values(), lines.keys(), loc="center", title="IQM over seeds, 95 % interval")
+    save(figure, folder / "figure_S1.png")
+
+
+def figure_s1_aggregate(results: Results, folder: Path) -> None:
+    """Over all tasks that a contender has runs of: performance profiles, and the probability of improvement on PPO."""
+    complete = [variant for variant in contenders(results) if results.has(MUJOCO, variant, STEPS_1M)]
+    if "PPO" not in complete:
+        return
+    reference = np.array([metrics.aggregate_iqm(results.scores(env_id, "PPO", STEPS_1M)) for env_id in MUJOCO])
+    normalized = {variant: results.matrix(MUJOCO, variant, STEPS_1M) / reference for variant in complete}
+    colors = dict(zip(contenders(results), plt.get_cmap("tab10").colors))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    thresholds = np.linspace(0, 2.5, 51)
+    np.random.seed(0)
+    profiles, bands = library.create_performance_profile(normalized, thresholds, reps=RESAMPLES)
+    plot_utils.plot_performance_profiles(
+        profiles, thresholds, bands, colors=colors, ax=left, xlabel="return / PPO's IQM", ylabel="share of runs above"
+    )
+    left.legend()
+    others = [variant for variant in complete if variant != "PPO"]
+    for place, variant in enumerate(others):
+        found = improvement(normalized[variant], normalized["PPO"])
+        right.plot([found.low, found.high], [place, place], color=colors[variant], linewidth=8, alpha=0.3)
+        right.plot(found.value, place, "o", color=colors[variant])
+    right.axvline(0.5, color="gray", linestyle="--", linewidth=0.8)
+    right.set(yticks=range(len(others)), yticklabels=others, xlim=(0, 1), xlabel="P(a run is above a run of PPO)")
+    save(figure, folder / "figure_S1_aggregate.png")
+
+
+# The ablations: which curves stand in which row of which figure.
+ABLATION_ROWS = {
+    "2": {"scale function, l = 0.5": ["NFPO", "scale-none", "scale-zero", "scale-clip", "scale-asymmetric"]},
+    "3": {
+        "l * tanh(s)": ["tanh-0.1", "tanh-0.25", "NFPO", "tanh-1", "tanh-2"],
+        "clamp(s, -l, l)": ["clip-0.1", "clip-0.25", "scale-clip", "clip-1", "clip-2"],
+    },
+    "4": {
+        "entropy coefficient": ["NFPO", "entropy-0.001", "entropy-0.01"],
+        "action noise": ["NFPO", "noise-0.05", "noise-0.2"],
+    },
+    "S2": {
+        "coupling layers": ["layers-2", "NFPO", "layers-6", "layers-8"],
+        "hidden dimension": ["hidden-32", "NFPO", "hidden-128", "hidden-256"],
+    },
+}
+
+
+def figure_ablation(results: Results, name: str, folder: Path) -> bool:
+    """One row of panels a sweep: return on each task, and for Figure 2 the log-determinant beside it."""
+    metrics_shown = [("episodic_return", "episode return")] + [("log_det", "log|det df/da|")] * (name == "2")
+    rows = ABLATION_ROWS[name]
+    if not any(results.has((env_id,), v, STEPS_ABLATION) for r in rows.values() for v in r[1:] for env_id in ABLATION):
+        return False
+    width = len(ABLATION) * len(metrics_shown)
+    figure, grid = plt.subplots(
+        len(rows), width, figsize=(5 * width, 4 * len(rows)), layout="constrained", squeeze=False
+    )
+    for panels, (title, variants) in zip(grid, rows.items()):
+        places = ((env_id, *shown) for env_id in ABLATION for shown in metrics_shown)
+        for axes, (env_id, column, label) in zip(panels, places):
+            draw_curves(axes, results, env_id, variants, STEPS_ABLATION, column, label)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=8, title=title)
+    save(figure, folder / f"figure_{name}.png")
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    head, *body = ("| " + " | ".join(map(str, line)) + " |" for line in (header, *rows))
+    return "\n".join([head, "|" + "-|" * len(header), *body])
+
+
+def cell(scores: np.ndarray) -> str:
+    return str(iqm(scores)) if len(scores) else "no run yet"
+
+
+def table_scores(results: Results, env_ids: tuple[str, ...], variants: list[str], total: int, column: str) -> str:
+    """IQM and interval of each variant on each task."""
+    rows = [[v, *(cell(results.scores(env_id, v, total, column)) for env_id in env_ids)] for v in variants]
+    return markdown(["", *env_ids], rows)
+
+
+def table_s1(results: Results) -> str:
+    """Training and deployed scores, ratios to PPO, and what others published."""
+    variants = contenders(results)
+    parts = ["Return over the last 100 training episodes, with the sampling noise on:", ""]
+    parts += [table_scores(results, MUJOCO, variants, STEPS_1M, TRAINING), ""]
+    parts += ["The finished policies as deployed, temperature 0, 20 episodes a seed (3 seeds of Humanoid-v4: 100):", ""]
+    parts += [table_scores(results, MUJOCO, variants, STEPS_1M, DEPLOYED), ""]
+    ratios = []
+    for variant in variants:
+        if variant != "PPO":
+            cells = [ratio(results, env_id, variant) for env_id in MUJOCO]
+            found = compare(results, MUJOCO, variant, "PPO", STEPS_1M)
+            shown = f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]" if found else "tasks missing"
+            ratios.append([variant, *(f"{x:.2f}" if x else "" for x in cells), shown])
+    parts += ["IQM of the training returns over PPO's, and the probability that a run is above a run of PPO:", ""]
+    parts += [markdown(["", *MUJOCO, "P(run above PPO's)"], ratios), ""]
+    published = pd.read_csv(results.folder / "published.csv")
+    rows = []
+    for (algorithm, steps, source), group in published.groupby(["algorithm", "steps", "source"], sort=False):
+        by_env = {row.env_id: f"{row.mean:.0f} ± {row.deviation:.0f}" for row in group.itertuples()}
+        rows.append([f"{algorithm}, {steps / 1e6:g}M steps, {source}", *(by_env.get(e, "") for e in MUJOCO)])
+    parts += ["Published by others, cited and not measured here (mean ± deviation over seeds):", ""]
+    return "\n".join([*parts, markdown(["", *MUJOCO], rows)])
+
+
+def ratio(results: Results, env_id: str, variant: str) -> Optional[float]:
+    """IQM of a contender's training scores over PPO's."""
+    ours, theirs = (results.scores(env_id, v, STEPS_1M) for v in (variant, "PPO"))
+    return metrics.aggregate_iqm(ours) / metrics.aggregate_iqm(theirs) if len(ours) and len(theirs) else None
+
+
+def compare(results: Results, env_ids: tuple[str, ...], ours: str, theirs: str, total: int) -> Optional[Estimate]:
+    """P(a run of `ours` scores above a run of `theirs`), or None while runs are missing."""
+    if not (results.has(env_ids, ours, total) and results.has(env_ids, theirs, total)):
+        return None
+    return improvement(results.matrix(env_ids, ours, total), results.matrix(env_ids, theirs, total))
+
+
+def judge(found: Optional[Estimate], planned: int, claim: Literal["above", "not above", "equal"]) -> tuple[str, str]:
+    """What was found and the verdict on a claim about P(ours above theirs). A verdict needs three seeds and the interval
+    on one side of 1/2; for `equal` and `not above`, an interval on both sides agrees with the claim and proves nothing."""
+    if found is None:
+        return "no runs yet", "open"
+    text = f"P = {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    if found.seeds < 3:
+        return text, f"open ({found.seeds} of {planned} seeds)"
+    side = "above" if found.low > 0.5 else "below" if found.high < 0.5 else "both"
+    verdict = {
+        ("above", "above"): "reproduced",
+        ("above", "below"): "**not reproduced**, the opposite was seen",
+        ("above", "both"): "not decidable here",
+        ("not above", "above"): "**not reproduced**",
+        ("not above", "below"): "reproduced",
+        ("not above", "both"): "agrees: no difference seen",
+        ("equal", "above"): "**not reproduced**, ahead",
+        ("equal", "below"): "**not reproduced**, behind",
+        ("equal", "both"): "agrees: no difference seen",
+    }[claim, side]
+    return text, verdict + (f" ({found.seeds} of {planned} seeds)" if found.seeds < planned else "")
+
+
+def spread(results: Results, env_id: str, variants: list[str]) -> Optional[float]:
+    """How much a sweep matters on a task: (best - worst) / best of the IQMs."""
+    if not all(results.has((env_id,), variant, STEPS_ABLATION) for variant in variants):
+        return None
+    found = [metrics.aggregate_iqm(results.scores(env_id, variant, STEPS_ABLATION)) for variant in variants]
+    return (max(found) - min(found)) / max(found)
+
+
+def summary_s1(results: Results) -> list[list[str]]:
+    """The paper's Figure S1 and what this repository set out to reach."""
+    rows = []
+    for env_ids, claim, text in (
+        (MUJOCO[1:], "equal", "NFPO performs like PPO on Ant, HalfCheetah, Hopper and Walker2d"),
+        (MUJOCO[:1], "above", "NFPO beats PPO on Humanoid"),
+    ):
+        ratios = [ratio(results, env_id, "NFPO") for env_id in env_ids]
+        shown = ", ".join(f"{x:.2f}" if x else "-" for x in ratios)
+        found, verdict = judge(compare(results, env_ids, "NFPO", "PPO", STEPS_1M), 5, claim)
+        rows.append([text, "Fig. S1", f"{shown} x PPO; {found}", verdict])
+    variants = [variant for variant in contenders(results) if variant.startswith("NFPO")]
+    reached = {v: [ratio(results, env_id, v) for env_id in MUJOCO] for v in variants}
+    complete = {v: ratios for v, ratios in reached.items() if all(ratios)}
+    if complete:
+        best = max(complete, key=lambda v: min(complete[v]))
+        good = min(complete[best]) >= 1 and complete[best][0] >= 1.5
+        shown = f"best variant {best}: " + ", ".join(f"{x:.2f}" for x in complete[best]) + " x PPO"
+    else:
+        good, shown = False, "no variant has runs of all five tasks yet"
+    seeds = min([len(results.scores(e, v, STEPS_1M)) for v in (*complete, "PPO") for e in MUJOCO], default=0)
+    verdict = ("reached" if good else "**fell short**") + (f" ({seeds} of 5 seeds)" if seeds < 5 else "")
+    target = "a variant has IQM >= PPO on all five tasks and >= 1.5 x on Humanoid"
+    return [*rows, [target, "our target", shown, verdict if complete else "open"]]
+
+
+def summary_ablations(results: Results) -> list[list[str]]:
+    """Figures 2, 3, 4 and S2."""
+    rows = []
+    broke, grown = [], []
+    for env_id in ABLATION:
+        runs = results.runs[select(results.runs, env_id, "scale-none", STEPS_ABLATION)]
+        broke += list(runs.status == "broke")
+        curves = {v: results.curve(env_id, v, STEPS_ABLATION, "log_det") for v in ("scale-none", "NFPO")}
+        if all(curves.values()):
+            ends = [f"{np.median(values[:, -1]):.1f}" for _, values in curves.values()]
+            grown.append(f"{env_id} {ends[0]} (tanh {ends[1]})")
+    found = f"{sum(broke)} of {len(broke)} runs broke; log-determinant at the end: {', '.join(grown)}"
+    verdict = "reproduced" if any(broke) else "**not reproduced** in 500k steps: nothing breaks"
+    claim = "without a bound the determinant grows until numbers break"
+    rows.append([claim, "Fig. 2", found if broke else "no runs yet", verdict if broke else "open"])
+    for text, figure, ours, theirs, env_ids, expected in (
+        ("without scales (`zero`) the policy underfits", "Fig. 2", "NFPO", "scale-zero", ABLATION, "above"),
+        ("entropy bonus 0.01 does not help", "Fig. 4", "entropy-0.01", "NFPO", ABLATION, "not above"),
+        ("action noise 0.05 hurts", "Fig. 4", "NFPO", "noise-0.05", ABLATION, "above"),
+        ("2 coupling layers are clearly worse than 4", "Fig. S2", "NFPO", "layers-2", ABLATION, "above"),
+        ("6 layers do about as well as 4", "Fig. S2", "layers-6", "NFPO", ABLATION, "equal"),
+        ("wider networks help on the harder task", "Fig. S2", "hidden-256", "NFPO", ("Humanoid-v4",), "above"),
+    ):
+        found, verdict = judge(compare(results, env_ids, ours, theirs, STEPS_ABLATION), 3, expected)
+        rows.append([text, figure, found, verdict])
+    bounds = [v for v in ABLATION_ROWS["3"]["l * tanh(s)"] if v != "NFPO"]
+    others = [compare(results, ABLATION, "NFPO", variant, STEPS_ABLATION) for variant in bounds]
+    known = [found for found in others if found]
+    worst = min(known, key=lambda found: found.high, default=None)
+    text, verdict = ("no runs yet", "open") if len(known) < len(others) else judge(worst, 3, "not above")
+    if worst and len(known) == len(others):
+        verdict = "**not reproduced**" if worst.high < 0.5 else "agrees: no other l is better"
+    rows.append(["l = 0.5 is a good default", "Fig. 3", f"against the best other l: {text}", verdict])
+    spreads = {
+        env_id: [spread(results, env_id, variants) for variants in ABLATION_ROWS["3"].values()] for env_id in ABLATION
+    }
+    if all(x is not None for pair in spreads.values() for x in pair):
+        wins = sum(tanh < clip for tanh, clip in spreads.values())
+        verdict = {2: "reproduced", 1: "not decidable here", 0: "**not reproduced**"}[wins]
+        found = "; ".join(f"{env_id} {tanh:.0%} against {clip:.0%}" for env_id, (tanh, clip) in spreads.items())
+    else:
+        found, verdict = "no runs yet", "open"
+    claim = "tanh is less sensitive to l than clip"
+    return [*rows, [claim, "Fig. 3", f"(best - worst) / best over l: {found}", verdict]]
+
+
+def summary_gridworld(results: Results) -> list[list[str]]:
+    """Figure 6."""
+    path = results.folder / "gridworld.csv"
+    claim = "a flow keeps several ways to the goal, a Gaussian one"
+    if not path.exists():
+        return [[claim, "Fig. 6", "no runs yet", "open"]]
+    bits = {name: group.entropy_bits for name, group in pd.read_csv(path).groupby("contender")}
+    shown = ", ".join(f"{name} {values.median():.2f} bit (of {len(values)} seeds)" for name, values in bits.items())
+    good = bits["NFPO"].median() >= 1 and bits["PPO"].median() < 0.3
+    target = "target: >= 1 bit against < 0.3"
+    return [[f"{claim}; {target}", "Fig. 6", shown, "reproduced" if good else "**fell short**"]]
+
+
+def summary_cost(results: Results) -> list[list[str]]:
+    """What the flow costs, from speed.csv."""
+    speed = pd.read_csv(results.folder / "speed.csv")
+    warm = speed[speed.what == "seconds (warm)"].astype({"value": float}).groupby(["env_id", "contender"]).value.median()
+    rows = []
+    for env_id, theirs, text, limit in (
+        ("Humanoid-v4", "ppo", "wall clock against PPO (the Gaussian twin)", 1.10),
+        ("Humanoid-v4", "cleanrl", "speed against CleanRL's PPO, Humanoid", 2.0),
+        ("HalfCheetah-v4", "cleanrl", "speed against CleanRL's PPO, HalfCheetah", 2.5),
+    ):
+        nfpo, other = warm[env_id, "nfpo"], warm[env_id, theirs]
+        value, good = (nfpo / other, nfpo / other <= limit) if theirs == "ppo" else (other / nfpo, other / nfpo >= limit)
+        paper = {"ppo": "1.19 x", "cleanrl": "0.84 x"}[theirs]
+        sign = "<=" if theirs == "ppo" else ">="
+        verdict = "reached" if good else "**fell short**"
+        rows.append([f"{text}; target {sign} {limit:g} x", f"Tab. S2: {paper}", f"{value:.2f} x", verdict])
+    return rows
+
+
+def summary(results: Results) -> str:
+    """Claim, paper, here, verdict: one line a claim."""
+    parts = summary_s1, summary_ablations, summary_gridworld, summary_cost
+    return markdown(["Claim or target", "Source", "Here", "Verdict"], [row for part in parts for row in part(results)])
+
+
+def state(results: Results) -> str:
+    """How much of the grid stands, experiment by experiment."""
+    have = {Run(*key) for key in results.runs[KEY].itertuples(index=False)}
+    rows = {}
+    for experiment in GRID:
+        wanted = {
+            Run(env_id, variant, seed, experiment.total_timesteps)
+            for env_id in experiment.env_ids
+            for variant in experiment.variants
+            for seed in range(1, experiment.seeds + 1)
+        }
+        rows[experiment.name] = rows.get(experiment.name, set()) | wanted
+    shown = [f"Figure {name}: {len(wanted & have)} of {len(wanted)}" for name, wanted in rows.items()]
+    return "Runs that stand, of those the grid wants: " + ", ".join(shown) + "."
+
+
+def table_ablation(results: Results, name: str) -> str:
+    parts = []
+    for title, variants in ABLATION_ROWS[name].items():
+        scores = table_scores(results, ABLATION, variants, STEPS_ABLATION, TRAINING)
+        parts += [f"{title[0].upper()}{title[1:]}:", "", scores, ""]
+    return "\n".join(parts).rstrip()
+
+
+def write_readme(path: Path, parts: dict[str, str]) -> None:
+    """Put each part between its markers. Exits with one line where a marker is missing."""
+    text = path.read_text()
+    for name, part in parts.items():
+        begin, end = f"<!-- report: {name} -->", f"<!-- end: {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            sys.exit(f"error: {path} needs the markers {begin} and {end}, once each")
+        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{part}\n{end}", text, flags=re.S)
+    path.write_text(text)
+
+
+def main() -> None:
+    args = tyro.cli(ReportArgs, description=__doc__.split("\n")[0])
+    count = collect(args.runs_dir, args.results)
+    results = Results(args.results)
+    print(f"{count} ended runs in {args.runs_dir}; {len(results.runs)} in {args.results / 'runs.csv'}")
+    figure_s1(results, args.figures)
+    figure_s1_aggregate(results, args.figures)
+    for name in ABLATION_ROWS:
+        figure_ablation(results, name, args.figures)
+    parts = {"summary": summary(results), "state": state(results), "S1": table_s1(results)}
+    parts |= {name: table_ablation(results, name) for name in ABLATION_ROWS}
+    write_readme(args.readme, parts)
+    print(state(results))
+
+
+if __name__ == "__main__":
+    main()

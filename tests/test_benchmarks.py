@@ -1,0 +1,281 @@
+"""Promise: the grid skips what is finished, goes on where it was interrupted and survives a run that fails; the report's
+numbers are those that can be computed by hand."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, Ended, wait_for
+
+sys.path.insert(0, str(ROOT))
+
+pytest.importorskip("submitit", reason="pip install -r requirements/benchmarks.txt")
+pytest.importorskip("rliable", reason="pip install -r requirements/benchmarks.txt")
+
+import benchmarks.report as report  # noqa: E402
+import benchmarks.run as runner  # noqa: E402
+
+GRID = [sys.executable, str(ROOT / "tests" / "tiny_grid.py")]
+
+
+def start_grid(folder, *flags) -> subprocess.Popen:
+    """The tiny grid's runner, with its workers in a process group of its own."""
+    flags = ["--runs-dir", folder / "runs", "--recorded", folder / "results" / "runs.csv", *flags]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [*GRID, *map(str, flags)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen) -> Ended:
+    out, err = process.communicate(timeout=240)
+    return Ended(process.returncode, out, err)
+
+
+def folders(folder, variant: str) -> list:
+    return sorted((folder / "runs").glob(f"Hopper-v4__{variant}__1__*"))
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """The tiny grid, run once; its folder and how the runner ended."""
+    folder = tmp_path_factory.mktemp("grid")
+    return folder, end(start_grid(folder, "--experiments", "S1", "2"))
+
+
+def test_grid_survives_a_failed_run(grid):
+    """A run with a bad flag is reported with its last line; the others finish, and broken numbers are a result."""
+    folder, ended = grid
+    assert ended.status == 1, ended.err
+    assert "Hopper-v4 bad seed 1 (512 steps): FAILED\n    error: --gamma is 2.0, allowed is between 0 and 1" in ended.out
+    assert "Hopper-v4 NFPO seed 1 (512 steps): finished" in ended.out
+    assert "Hopper-v4 PPO seed 1 (512 steps): finished" in ended.out
+    assert "Hopper-v4 breaks seed 1 (512 steps): stopped: its numbers broke" in ended.out
+    assert "3 of 4 finished, 1 failed" in ended.out
+
+
+def test_grid_skips_what_is_finished(grid):
+    """The second time only the failed run is missing, and --show runs nothing."""
+    folder, _ = grid
+    before = sorted((folder / "runs").iterdir())
+    ended = end(start_grid(folder, "--experiments", "S1", "2", "--show"))
+    assert ended.status == 0
+    lines = ended.out.splitlines()
+    assert lines[0] == "4 runs wanted, 3 finished before, 1 missing"
+    assert len(lines) == 2 and lines[1].startswith("python nfpo_continuous_action.py ") and "--gamma 2" in lines[1]
+    assert "--env-id Hopper-v4 --seed 1 --total-timesteps 512" in lines[1]
+    assert sorted((folder / "runs").iterdir()) == before
+
+
+def test_grid_skips_what_is_recorded(grid, tmp_path):
+    """A fresh clone has no runs, but the committed table; --repeat ignores the table."""
+    (tmp_path / "results").mkdir()
+    row = {"env_id": "Hopper-v4", "variant": "NFPO", "seed": 1, "total_timesteps": 512}
+    pd.DataFrame([row]).to_csv(tmp_path / "results" / "runs.csv", index=False)
+    show = ["--experiments", "S1", "--show"]
+    assert "2 runs wanted, 1 finished before, 1 missing" in end(start_grid(tmp_path, *show)).out
+    assert "2 runs wanted, 0 finished before, 2 missing" in end(start_grid(tmp_path, *show, "--repeat")).out
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_grid_goes_on(tmp_path, number):
+    """Runner and workers die in the middle of a run; the same command continues that run in its folder to its end."""
+    process = start_grid(tmp_path, "--experiments", "long")
+    wait_for(lambda: any(f.joinpath("checkpoint.pt").exists() for f in folders(tmp_path, "long")), process)
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)  # the machine went down
+    else:
+        process.send_signal(number)  # the runner alone: it has to take its workers with it
+    interrupted = end(process)
+    (folder,) = folders(tmp_path, "long")
+    assert not (folder / "run.json").exists(), "the run was over before it was interrupted"
+    if number == signal.SIGTERM:
+        assert "Interrupted with 0 of 1 finished; the same command goes on." in interrupted.err
+        lock = next((tmp_path / "runs").glob(".*.lock")).open()
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody is at it any more
+        lock.close()
+    size = sum(file.stat().st_size for file in folder.glob("events.*"))
+    ended = end(start_grid(tmp_path, "--experiments", "long"))
+    assert ended.status == 0, ended.out + ended.err
+    assert "1 of 1 finished, 0 failed" in ended.out
+    assert folders(tmp_path, "long") == [folder] and (folder / "run.json").exists()
+    assert len(list(folder.glob("events.*"))) == 2 and size > 0  # the first part's events are still there
+
+
+def test_one_process_a_run(tmp_path):
+    """Whoever finds another process at a run leaves it alone."""
+    run = runner.Run("Hopper-v4", "NFPO", 1, 512)
+    with (tmp_path / ".Hopper-v4__NFPO__1__512.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert runner.Job(run, tmp_path)() == -1
+    assert not list(tmp_path.glob("Hopper*"))
+
+
+def test_selection(monkeypatch, capsys):
+    """Seed by seed, each run once, only what is wanted; an unknown name is one line."""
+    grid = [
+        runner.Experiment("a", ("X", "Y"), ("u", "v"), 2, 10),
+        runner.Experiment("b", ("X",), ("u",), 3, 10),
+    ]
+    runs = runner.select(runner.RunArgs(), grid)
+    assert len(runs) == len(set(runs)) == 9
+    assert [run.seed for run in runs] == [1] * 4 + [2] * 4 + [3]
+    wanted = runner.RunArgs(experiments=("a",), env_ids=("Y",), variants=("v",), seeds=(2,))
+    assert runner.select(wanted, grid) == [runner.Run("Y", "v", 2, 10)]
+    with pytest.raises(SystemExit, match="error: --variants has w, allowed are u, v"):
+        runner.select(runner.RunArgs(variants=("w",)), grid)
+
+
+def test_variants_are_valid_commands():
+    """Every flag in the grid is one that the script takes, and every experiment's variants exist."""
+    import nfpo_continuous_action as nfpo
+
+    for command in runner.VARIANTS.values():
+        script, *flags = command.split()
+        assert (ROOT / script).is_file()
+        nfpo.check_args(nfpo.parse_args(flags), nfpo.FlowPolicy)
+    for experiment in runner.GRID:
+        assert set(experiment.variants) <= set(runner.VARIANTS), experiment.name
+    shown = {variant for rows in report.ABLATION_ROWS.values() for variants in rows.values() for variant in variants}
+    assert shown <= {variant for e in runner.GRID for variant in e.variants if e.total_timesteps == 500_000}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reported(grid, tmp_path, monkeypatch, capsys):
+    """The report of the tiny grid, twice in a row as after two sessions; the folder it wrote to."""
+    for name, value in {"MUJOCO": ("Hopper-v4",) * 5, "ABLATION": ("Hopper-v4",), "RESAMPLES": 50}.items():
+        monkeypatch.setattr(report, name, value)
+    monkeypatch.setattr(report, "STEPS_1M", 512)
+    monkeypatch.setattr(report, "STEPS_ABLATION", 512)
+    for name in ("published.csv", "speed.csv"):
+        (tmp_path / "results").mkdir(exist_ok=True)
+        (tmp_path / "results" / name).write_bytes((ROOT / "benchmarks" / "results" / name).read_bytes())
+    (tmp_path / "README.md").write_bytes((ROOT / "benchmarks" / "README.md").read_bytes())
+    places = {"runs-dir": grid[0] / "runs", "results": "results", "figures": "figures", "readme": "README.md"}
+    monkeypatch.setattr(sys, "argv", ["report.py", *(f"--{k}={tmp_path / v}" for k, v in places.items())])
+    report.main()
+    first = (tmp_path / "results" / "runs.csv").read_bytes()
+    report.main()
+    assert (tmp_path / "results" / "runs.csv").read_bytes() == first
+    return tmp_path
+
+
+def test_report_of_the_tiny_grid(grid, reported):
+    """What has ended is in the CSV files with the numbers of its events, what failed is not, and the page has its tables."""
+    from conftest import scalars
+
+    runs = pd.read_csv(reported / "results" / "runs.csv").set_index("variant")
+    assert set(runs.index) == {"NFPO", "PPO", "breaks"}
+    assert list(runs.status[["NFPO", "PPO", "breaks"]]) == ["finished", "finished", "broke"]
+    assert runs.steps["NFPO"] == 512 and runs.steps["breaks"] < 512
+    points = scalars(folders(grid[0], "NFPO")[0])
+    returns = [value for _, value in points["charts/episodic_return"]]
+    assert runs.last_100_episodes["NFPO"] == pytest.approx(np.mean(returns[-100:]), rel=1e-3)
+    assert runs.evaluation["NFPO"] > 0 and runs.torch["NFPO"].startswith("2.")
+
+    curves = pd.read_csv(reported / "results" / "curves" / "Hopper-v4.csv")
+    mine = curves[curves.variant == "NFPO"].set_index("step")
+    for step, value in points["losses/approx_kl"]:
+        edge = int(np.ceil(step / 10.24) * 10.24)  # 50 bins of 512 steps: an iteration each has a bin of its own
+        assert mine.approx_kl[edge] == pytest.approx(value, rel=1e-3)
+    page = (reported / "README.md").read_text()
+    assert "| NFPO beats PPO on Humanoid | Fig. S1 |" in page
+    assert f"{runs.last_100_episodes['NFPO']:.0f} [" in page and "(1) |" in page
+    for name in ("figure_S1.png", "figure_S1_aggregate.png", "figure_2.png"):
+        assert (reported / "figures" / name).stat().st_size > 10_000, name
+
+
+def test_missing_marker(tmp_path):
+    """A page without a marker is one line, not a page without its table."""
+    (tmp_path / "page.md").write_text("<!-- report: a -->\n<!-- end: a -->\n")
+    report.write_readme(tmp_path / "page.md", {"a": "table"})
+    assert (tmp_path / "page.md").read_text() == "<!-- report: a -->\ntable\n<!-- end: a -->\n"
+    with pytest.raises(SystemExit, match="needs the markers"):
+        report.write_readme(tmp_path / "page.md", {"b": "table"})
+
+
+def test_interquartile_mean():
+    """Of five seeds the middle three, of four the middle two, and with three none is cut."""
+    for scores, value in (([9, 1, 2, 6, 100], 17 / 3), ([0, 100, 4, 6], 5), ([1, 2, 6], 3), ([7], 7)):
+        found = report.iqm(np.array(scores, dtype=float))
+        assert found.value == pytest.approx(value) and found.seeds == len(scores)
+        assert min(scores) <= found.low <= found.value <= found.high <= max(scores)
+    certain = report.iqm(np.full(5, 3.0))
+    assert (certain.low, certain.high) == (3, 3)
+    # Two seeds: a quarter of the resamples is all low, a quarter all high, so both are inside 95 %.
+    pair = report.iqm(np.array([0.0, 1.0]))
+    assert (pair.low, pair.value, pair.high) == (0, 0.5, 1)
+
+
+def test_interquartile_mean_of_curves():
+    """Each point by itself, equal to the scalar one."""
+    returns = np.random.default_rng(0).normal(size=(5, 4)).cumsum(1)
+    middle, low, high = report.iqm_curve(returns)
+    assert middle.shape == low.shape == high.shape == (4,)
+    for t in range(4):
+        assert middle[t] == pytest.approx(report.iqm(returns[:, t]).value)
+        assert np.sort(returns[:, t])[1:4].mean() == pytest.approx(middle[t])
+
+
+def test_probability_of_improvement():
+    """Share of pairs won, ties count half, tasks are averaged."""
+    ours, theirs = np.array([[3.0], [1.0]]), np.array([[2.0], [0.0]])
+    assert report.improvement(ours, theirs).value == 3 / 4
+    assert report.improvement(np.array([[1.0], [2.0]]), np.array([[1.0], [0.0]])).value == (0.5 + 1 + 1 + 1) / 4
+    two_tasks = report.improvement(np.array([[1.0, 0.0]] * 3), np.array([[0.0, 1.0]] * 3))
+    assert (two_tasks.value, two_tasks.seeds) == (0.5, 3)
+    sure = report.improvement(np.full((3, 1), 2.0), np.full((3, 1), 1.0))
+    assert (sure.value, sure.low, sure.high) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "interval,seeds,claim,verdict",
+    [
+        ((0.6, 1.0), 3, "above", "reproduced"),
+        ((0.0, 0.4), 3, "above", "**not reproduced**, the opposite was seen"),
+        ((0.4, 0.6), 3, "above", "not decidable here"),
+        ((0.5, 1.0), 3, "above", "not decidable here"),
+        ((0.6, 1.0), 3, "not above", "**not reproduced**"),
+        ((0.0, 0.4), 3, "not above", "reproduced"),
+        ((0.4, 0.6), 3, "equal", "agrees: no difference seen"),
+        ((0.0, 0.4), 3, "equal", "**not reproduced**, behind"),
+        ((1.0, 1.0), 2, "above", "open (2 of 3 seeds)"),
+    ],
+)
+def test_verdicts(interval, seeds, claim, verdict):
+    """A verdict needs three seeds and an interval on one side of 1/2."""
+    found = report.Estimate(np.mean(interval), *interval, seeds)
+    assert report.judge(found, 3, claim)[1] == verdict
+    assert report.judge(None, 3, claim) == ("no runs yet", "open")
+
+
+def test_curves_with_holes(tmp_path):
+    """A bin without an episode is bridged; a run that broke ends the common curve."""
+    key = {"env_id": "X", "variant": "v", "total_timesteps": 40}
+    rows = [
+        {**key, "seed": seed, "step": step, "episodic_return": value}
+        for seed, points in ((1, {10: 1.0, 30: 3.0, 40: 4.0}), (2, {20: 6.0, 30: 8.0}))
+        for step, value in points.items()
+    ]
+    (tmp_path / "curves").mkdir()
+    pd.DataFrame(rows).to_csv(tmp_path / "curves" / "X.csv", index=False)
+    steps, values = report.Results(tmp_path).curve("X", "v", 40, "episodic_return")
+    assert steps.tolist() == [10, 20, 30]
+    assert values.tolist() == [[1, 2, 3], [6, 6, 8]]
+    assert report.Results(tmp_path).curve("X", "w", 40, "episodic_return") is None
