@@ -7,8 +7,8 @@ nox.options.default_venv_backend = "venv"
 
 @nox.session(python="3.11")
 def gymnasium(session: nox.Session) -> None:
-    """nfpo_continuous_action.py; arguments behind `--` go to pytest."""
-    session.install("-r", "requirements.txt", "-r", "requirements/dev.txt")
+    """nfpo_continuous_action.py and benchmarks/; arguments behind `--` go to pytest."""
+    session.install("-r", "requirements.txt", "-r", "requirements/benchmarks.txt", "-r", "requirements/dev.txt")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("pytest", "--durations=10", *session.posargs)

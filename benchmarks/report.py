@@ -1,17 +1,16 @@
-"""The report: from the grid's runs to the committed CSV files, the figures and the tables of README.md beside this file.
+"""The report: from the grid's runs to the committed CSV files, the figures and the tables of README.md beside it.
 
 Run:     python benchmarks/report.py                # after benchmarks/run.py, at any time, finished or not
 Needs:   pip install -r requirements.txt -r requirements/benchmarks.txt
 
-First, what has ended in the runs folder goes into `results/`: one row a run in `runs.csv`, and curves in 50 bins a run in
-`curves/<environment>.csv`. Then figures and tables are made from `results/` alone, so that a fresh clone, which has no
-runs, gives the same ones. Statistics are those of Agarwal et al. (2021), by their library rliable: the interquartile mean
-(IQM) over seeds, 95 % intervals by stratified bootstrap, performance profiles, the probability of improvement.
+First, what has ended in the runs folder goes into `results/`: one row a run in `runs.csv`, and curves in 50 bins a run
+in `curves/<environment>.csv`. Then figures and tables are made from `results/` alone, so that a fresh clone, which has
+no runs, gives the same ones. Statistics are those of Agarwal et al. (2021), by their library rliable: interquartile
+mean (IQM) over seeds, 95 % intervals by stratified bootstrap, performance profiles, probability of improvement.
 """
 
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +54,7 @@ RESAMPLES = 2000
 @dataclasses.dataclass
 class ReportArgs:
     runs_dir: Path = ROOT / "runs" / "grid"
-    """folder of the grid's runs; what has ended in it is added to the results, replacing an earlier run of the same name"""
+    """folder of the grid's runs; what has ended in it is added to the results, instead of an earlier run of its name"""
     results: Path = ROOT / "benchmarks" / "results"
     """folder of the CSV files"""
     figures: Path = ROOT / "benchmarks" / "figures"
@@ -188,8 +187,8 @@ class Results:
         return np.stack([column[:seeds] for column in columns], axis=1)
 
     def curve(self, env_id: str, variant: str, total: int, name: str) -> Optional[tuple[np.ndarray, np.ndarray]]:
-        """Steps (T,) and values (seeds, T); a bin without an episode takes what lies around it; the curves end where the
-        first seed's ends."""
+        """Steps (T,) and values (seeds, T). A bin without an episode takes what lies around it, and the curves end
+        where the first seed's ends."""
         rows = self.curves[select(self.curves, env_id, variant, total)]
         table = rows.pivot(index="seed", columns="step", values=name) if len(rows) else pd.DataFrame()
         table = table.interpolate(axis=1, limit_area="inside").bfill(axis=1).dropna(axis=1)
@@ -241,9 +240,10 @@ def contenders(results: Results) -> list[str]:
 
 
 def figure_s1(results: Results, folder: Path) -> None:
-    """Return over steps on the five tasks, and the published ends of other algorithms as dashed lines."""
+    """Return over steps on the five tasks, and as dashed lines what others published for the same number of steps."""
     figure, grid = plt.subplots(2, 3, figsize=(13, 7.5), layout="constrained")
     published = pd.read_csv(results.folder / "published.csv")
+    published = published[published.steps == STEPS_1M]
     for axes, env_id in zip(grid.flat, MUJOCO):
         draw_curves(axes, results, env_id, contenders(results), STEPS_1M, "episodic_return", "episode return")
         top = axes.get_ylim()[1]
@@ -251,13 +251,13 @@ def figure_s1(results: Results, folder: Path) -> None:
         for row in published[published.env_id == env_id].itertuples():
             if row.mean < 1.3 * top:
                 axes.axhline(row.mean, color="gray", linestyle="--", linewidth=0.8)
-                axes.text(0, row.mean, f" {row.algorithm} {row.steps / 1e6:g}M, published", fontsize=7, color="dimgray", va="bottom")
+                axes.text(0, row.mean, f" {row.algorithm}, published", fontsize=7, color="dimgray", va="bottom")
             else:
                 notes.append(f"{row.algorithm} {row.mean:.0f}")
         if notes:
             text = "published, above: " + ", ".join(notes)
             axes.text(0.02, 0.98, text, transform=axes.transAxes, fontsize=7, color="dimgray", va="top")
-    # One legend for all, in the empty sixth place; the numbers of seeds differ from task to task and stand in the table.
+    # One legend for all, in the empty sixth place; numbers of seeds differ from task to task and stand in the table.
     lines = {text.split(" (")[0]: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels())}
     grid.flat[-1].axis("off")
     grid.flat[-1].legend(lines.values(), lines.keys(), loc="center", title="IQM over seeds, 95 % interval")
@@ -387,8 +387,8 @@ def compare(results: Results, env_ids: tuple[str, ...], ours: str, theirs: str, 
 
 
 def judge(found: Optional[Estimate], planned: int, claim: Literal["above", "not above", "equal"]) -> tuple[str, str]:
-    """What was found and the verdict on a claim about P(ours above theirs). A verdict needs three seeds and the interval
-    on one side of 1/2; for `equal` and `not above`, an interval on both sides agrees with the claim and proves nothing."""
+    """What was found, and the verdict on a claim about P(ours above theirs). A verdict needs three seeds and an
+    interval on one side of 1/2; for `equal` and `not above`, one on both sides agrees with the claim, no more."""
     if found is None:
         return "no runs yet", "open"
     text = f"P = {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
@@ -505,19 +505,21 @@ def summary_gridworld(results: Results) -> list[list[str]]:
 def summary_cost(results: Results) -> list[list[str]]:
     """What the flow costs, from speed.csv."""
     speed = pd.read_csv(results.folder / "speed.csv")
-    warm = speed[speed.what == "seconds (warm)"].astype({"value": float}).groupby(["env_id", "contender"]).value.median()
+    speed = speed[speed.what == "seconds (warm)"].astype({"value": float})
+    seconds = speed.groupby(["env_id", "contender"]).value.median()
     rows = []
     for env_id, theirs, text, limit in (
         ("Humanoid-v4", "ppo", "wall clock against PPO (the Gaussian twin)", 1.10),
         ("Humanoid-v4", "cleanrl", "speed against CleanRL's PPO, Humanoid", 2.0),
         ("HalfCheetah-v4", "cleanrl", "speed against CleanRL's PPO, HalfCheetah", 2.5),
     ):
-        nfpo, other = warm[env_id, "nfpo"], warm[env_id, theirs]
-        value, good = (nfpo / other, nfpo / other <= limit) if theirs == "ppo" else (other / nfpo, other / nfpo >= limit)
-        paper = {"ppo": "1.19 x", "cleanrl": "0.84 x"}[theirs]
-        sign = "<=" if theirs == "ppo" else ">="
+        slowdown = seconds[env_id, "nfpo"] / seconds[env_id, theirs]
+        if theirs == "ppo":
+            target, paper, value, good = f"<= {limit:g} x", "1.19 x", slowdown, slowdown <= limit
+        else:
+            target, paper, value, good = f">= {limit:g} x", "0.84 x", 1 / slowdown, 1 / slowdown >= limit
         verdict = "reached" if good else "**fell short**"
-        rows.append([f"{text}; target {sign} {limit:g} x", f"Tab. S2: {paper}", f"{value:.2f} x", verdict])
+        rows.append([f"{text}; target {target}", f"Tab. S2: {paper}", f"{value:.2f} x", verdict])
     return rows
 
 
@@ -558,7 +560,8 @@ def write_readme(path: Path, parts: dict[str, str]) -> None:
         begin, end = f"<!-- report: {name} -->", f"<!-- end: {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             sys.exit(f"error: {path} needs the markers {begin} and {end}, once each")
-        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{part}\n{end}", text, flags=re.S)
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{part}\n{end}{rest.split(end)[1]}"
     path.write_text(text)
 
 

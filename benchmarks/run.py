@@ -1,4 +1,4 @@
-"""The grid: every training run behind a figure, launched, continued after an interruption, and left alone once finished.
+"""The grid: every training run behind a figure, launched, continued after an interruption, skipped once finished.
 
 Run:     python benchmarks/run.py                          # everything that is missing, two runs at a time
          python benchmarks/run.py --experiments S1 --seeds 1 --workers 1
@@ -6,9 +6,10 @@ Run:     python benchmarks/run.py                          # everything that is 
          python benchmarks/run.py --cluster slurm --partition cpu --workers 200
 Needs:   pip install -r requirements.txt -r requirements/benchmarks.txt
 
-Runs are launched through submitit: a process a run on this machine, a job a run on a SLURM cluster. Killed at any moment,
-the same command goes on; a run loses what it did since its last checkpoint. What `results/runs.csv` holds is finished and
-is skipped, so that a fresh clone only computes what nobody has; `--repeat` computes it again. Then `report.py` reads the runs.
+Runs are launched through submitit: a process a run on this machine, a job a run on a SLURM cluster. Killed at any
+moment, the same command goes on, and a run loses what it did since its last checkpoint. What `results/runs.csv` holds
+is finished and skipped, so that a fresh clone only computes what nobody has; `--repeat` computes it again. Afterwards
+`report.py` reads the runs.
 """
 
 import csv
@@ -41,9 +42,9 @@ VARIANTS = {
     "NFPO": NFPO,
     "PPO": "benchmarks/baselines/ppo_continuous_action.py",
     "PPO-mixture": "benchmarks/baselines/ppo_mixture.py",
-    # What may close the gap on the easier tasks: noise that can shrink below what the bounded scales allow, and steps as
-    # small as the Gaussian's, by the learning rate or by leaving an update early. The last one is the control: would the
-    # Gaussian gain as much from the smaller learning rate?
+    # What may close the gap on the easier tasks: noise that can shrink below what the bounded scales allow, and steps
+    # as small as the Gaussian's, by the learning rate or by leaving an update early. The last one is the control: would
+    # the Gaussian gain as much from the smaller learning rate?
     "NFPO-std": f"{NFPO} --learned-base-std",
     "NFPO-std-lr": f"{NFPO} --learned-base-std --learning-rate 1e-4",
     "NFPO-std-kl": f"{NFPO} --learned-base-std --target-kl 0.05",
@@ -153,8 +154,8 @@ class Job:
         self.run, self.command, self.runs_dir = run, run.command(), runs_dir
 
     def __call__(self) -> int:
-        """Returns the script's exit status: 0 finished, 2 bad input, 3 non-finite, 128 + n stopped by signal n, -1 where
-        another process is at this run."""
+        """Returns the script's exit status (0 finished, 2 bad input, 3 non-finite, 128 + n stopped by signal n), or -1
+        where another process is at this run."""
         self.runs_dir.mkdir(parents=True, exist_ok=True)
         name = "__".join(map(str, self.run)).replace("/", "-").replace(":", "-")
         with (self.runs_dir / f".{name}.lock").open("w") as lock:
