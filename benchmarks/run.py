@@ -35,6 +35,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = ROOT / "benchmarks" / "results" / "runs.csv"
+REQUEUED = -1  # submitit leaves a process with it, once it has asked for the job to be run again
+BUSY = -2
 
 NFPO = "nfpo_continuous_action.py"
 # A variant is a command. Its name becomes the run's --exp-name.
@@ -150,20 +152,26 @@ class Job:
     submitit pickles the instance, calls it in a process of its own, and on a cluster's time limit submits it again.
     """
 
+    patience = 60  # seconds; a job that is submitted again may start before its predecessor is quite dead
+
     def __init__(self, run: Run, runs_dir: Path):
         self.run, self.command, self.runs_dir = run, run.command(), runs_dir
 
     def __call__(self) -> int:
-        """Returns the script's exit status (0 finished, 2 bad input, 3 non-finite, 128 + n stopped by signal n), or -1
-        where another process is at this run."""
+        """Returns the script's exit status (0 finished, 2 bad input, 3 non-finite, 128 + n stopped by signal n), or
+        `BUSY` where another process is at this run."""
         self.runs_dir.mkdir(parents=True, exist_ok=True)
         name = "__".join(map(str, self.run)).replace("/", "-").replace(":", "-")
+        deadline = time.time() + self.patience
         with (self.runs_dir / f".{name}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by the kernel, however this process ends
-            except OSError:
-                return -1
-            return self.train()
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by the kernel, however a process ends
+                    return self.train()
+                except BlockingIOError:
+                    if time.time() > deadline:
+                        return BUSY
+                    time.sleep(1)
 
     def train(self) -> int:
         os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
@@ -177,6 +185,8 @@ class Job:
         try:
             namespace = runpy.run_path(script, run_name="__main__")
         except SystemExit as end:
+            if end.code == REQUEUED:
+                raise
             status = end.code or 0
         run_dir = self.run.find(self.runs_dir)
         if run_dir and status in (0, 3):
@@ -277,7 +287,7 @@ def outcome(job: submitit.Job) -> int | str:
     except Exception:
         # submitit raises one error for a job that failed and others for one that left nothing behind.
         status = 1
-    if status in (0, 3, -1):
+    if status in (0, 3, BUSY):
         return status
     lines = (tail(job.paths.stdout) + "\n" + tail(job.paths.stderr)).splitlines()
     return "\n".join(["    " + x for x in lines if x.strip() and not x.startswith("submitit ")][-8:]) or "    no output"
@@ -285,7 +295,8 @@ def outcome(job: submitit.Job) -> int | str:
 
 def launch(runs: list[Run], args: RunArgs) -> int:
     """Keep `workers` runs going until all have ended. Returns the number of those that failed."""
-    executor = submitit.AutoExecutor(folder=args.runs_dir / "jobs", cluster=args.cluster)
+    limits = {"local_max_num_timeout": 1000, "slurm_max_num_timeout": 1000}  # resume as often as it takes
+    executor = submitit.AutoExecutor(folder=args.runs_dir / "jobs", cluster=args.cluster, **limits)
     executor.update_parameters(timeout_min=args.timeout_min, cpus_per_task=1, mem_gb=4)
     if args.cluster == "slurm":
         executor.update_parameters(slurm_partition=args.partition, slurm_job_name="nfpo")
@@ -307,8 +318,8 @@ def launch(runs: list[Run], args: RunArgs) -> int:
                 ended_steps += run.total_timesteps
                 status = outcome(job)
                 finished += status in (0, 3)
-                failed += status not in (0, 3, -1)
-                what = {0: "finished", 3: "stopped: its numbers broke", -1: "left alone: another process is at it"}
+                failed += status not in (0, 3, BUSY)
+                what = {0: "finished", 3: "stopped: its numbers broke", BUSY: "left alone: another process is at it"}
                 bar.write(f"{run}: {what[status] if status in what else f'FAILED{chr(10)}{status}'}")
             done = ended_steps + sum(steps_done(job) for job in running.values())
             state = f"{finished} of {len(runs)} finished, {len(running)} running, {failed} failed"

@@ -61,7 +61,7 @@ def test_grid_survives_a_failed_run(grid):
     assert "Hopper-v4 bad seed 1 (512 steps): FAILED\n    error: --gamma is 2.0, allowed is" in ended.out
     assert "Hopper-v4 NFPO seed 1 (512 steps): finished" in ended.out
     assert "Hopper-v4 PPO seed 1 (512 steps): finished" in ended.out
-    assert "Hopper-v4 breaks seed 1 (512 steps): stopped: its numbers broke" in ended.out
+    assert "Hopper-v4 scale-none seed 1 (512 steps): stopped: its numbers broke" in ended.out
     assert "3 of 4 finished, 1 failed" in ended.out
 
 
@@ -113,12 +113,13 @@ def test_grid_goes_on(tmp_path, number):
     assert len(list(folder.glob("events.*"))) == 2 and size > 0  # the first part's events are still there
 
 
-def test_one_process_a_run(tmp_path):
-    """Whoever finds another process at a run leaves it alone."""
+def test_one_process_a_run(tmp_path, monkeypatch):
+    """Whoever finds another process at a run waits for it, but not for ever, and leaves the run alone."""
+    monkeypatch.setattr(runner.Job, "patience", 1)
     run = runner.Run("Hopper-v4", "NFPO", 1, 512)
     with (tmp_path / ".Hopper-v4__NFPO__1__512.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert runner.Job(run, tmp_path)() == -1
+        assert runner.Job(run, tmp_path)() == runner.BUSY
     assert not list(tmp_path.glob("Hopper*"))
 
 
@@ -181,9 +182,9 @@ def test_report_of_the_tiny_grid(grid, reported):
     from conftest import scalars
 
     runs = pd.read_csv(reported / "results" / "runs.csv").set_index("variant")
-    assert set(runs.index) == {"NFPO", "PPO", "breaks"}
-    assert list(runs.status[["NFPO", "PPO", "breaks"]]) == ["finished", "finished", "broke"]
-    assert runs.steps["NFPO"] == 512 and runs.steps["breaks"] < 512
+    assert set(runs.index) == {"NFPO", "PPO", "scale-none"}
+    assert list(runs.status[["NFPO", "PPO", "scale-none"]]) == ["finished", "finished", "broke"]
+    assert runs.steps["NFPO"] == 512 and runs.steps["scale-none"] < 512
     points = scalars(folders(grid[0], "NFPO")[0])
     returns = [value for _, value in points["charts/episodic_return"]]
     assert runs.last_100_episodes["NFPO"] == pytest.approx(np.mean(returns[-100:]), rel=1e-3)
