@@ -555,6 +555,31 @@ def table_ablation(results: Results, name: str) -> str:
     return "\n".join(parts).rstrip()
 
 
+def table_gridworld(results: Results) -> str:
+    """Every run of Figure 6, from multimodality.py's file."""
+    path = results.folder / "gridworld.csv"
+    if not path.exists():
+        return "No runs yet."
+    table = pd.read_csv(path)
+    return markdown([name.replace("_", " ") for name in table], table.astype(object).to_numpy().tolist())
+
+
+def table_cost(results: Results) -> str:
+    """Value and, in brackets, its ratio to PPO's, from cost.py's file."""
+    path = results.folder / "cost.csv"
+    if not path.exists():
+        return "Not measured yet."
+    parts = []
+    for sizes, group in pd.read_csv(path).groupby(["env_id", "obs_dim", "action_dim"], sort=False):
+        names = list(dict.fromkeys(group.contender))
+        rows = []
+        for what, cells in group.groupby("what", sort=False):
+            by_name = {c.contender: f"{c.value:,.0f} ({c.relative_to_ppo:.2f} x)" for c in cells.itertuples()}
+            rows.append([what, *(by_name.get(name, "") for name in names)])
+        parts.append(markdown(["{}: {} observations, {} actions".format(*sizes), *names], rows))
+    return "\n\n".join(parts)
+
+
 def write_readme(path: Path, parts: dict[str, str]) -> None:
     """Put each part between its markers. Exits with one line where a marker is missing."""
     text = path.read_text()
@@ -578,6 +603,7 @@ def main() -> None:
         figure_ablation(results, name, args.figures)
     parts = {"summary": summary(results), "state": state(results), "S1": table_s1(results)}
     parts |= {name: table_ablation(results, name) for name in ABLATION_ROWS}
+    parts |= {"6": table_gridworld(results), "cost": table_cost(results)}
     write_readme(args.readme, parts)
     print(state(results))
 

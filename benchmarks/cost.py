@@ -1,0 +1,250 @@
+"""What does one decision cost? Size, arithmetic and latency of the three policies, and of the critic apart.
+
+Run:     python benchmarks/cost.py --env-ids Humanoid-v4 HalfCheetah-v4 g1
+Needs:   pip install -r requirements.txt
+
+Everything is measured on freshly initialized networks at the script's default sizes: what they have learned does not
+change what they cost. (On g1 the paper's Gaussian is [96, 96, 64] and has more parameters than the flow; here it is the
+twin with its [64, 64].) A decision is what a robot runs (`DeployedPolicy` at temperature 0): a raw observation in, an
+action clipped to its limits out, both numpy arrays with a batch of 1. The critic, which no decision needs, is called in
+the same way. The training row is the policy's share of training: `sample` and then `log_prob` with its gradient, on a
+batch as large as the paper's number of environments. Simulator, critic and optimizer are not in it, so its ratio is not
+to be compared with the paper's 1.19 for whole runs (Table S2); `speed.py` measures whole runs.
+
+All in one process on one thread, contenders in turn A B C A B C ... and all runtimes within a round, so that a busy
+machine slows all of them alike. Ratios to the Gaussian are taken within a round and their median is reported; the times
+beside them are medians too.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import onnxruntime
+import torch
+import torch.nn as nn
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.baselines.ppo_continuous_action import GaussianPolicy  # noqa: E402
+from benchmarks.baselines.ppo_mixture import MixturePolicy  # noqa: E402
+from nfpo_continuous_action import (  # noqa: E402
+    Args,
+    Critic,
+    DeployedPolicy,
+    FlowPolicy,
+    RunningMeanStd,
+    make_env,
+    make_policy,
+    to_onnx,
+)
+
+POLICIES = {"nfpo": FlowPolicy, "ppo": GaussianPolicy, "ppo_mixture": MixturePolicy}
+BASELINE = "ppo"  # what ratios are taken to
+
+
+@dataclasses.dataclass
+class CostArgs:
+    env_ids: tuple[str, ...] = ("Humanoid-v4", "HalfCheetah-v4", "g1")
+    """whose sizes are taken: Gymnasium environments, and g1, the paper's robot, of which there are only sizes here"""
+    runtimes: tuple[Literal["eager", "compiled", "onnx"], ...] = ("eager", "compiled", "onnx")
+    """how networks are run: PyTorch, torch.compile as the script uses it, ONNX Runtime (decisions only)"""
+    rounds: int = 100
+    """rounds of decisions; one more comes first and is thrown away"""
+    calls: int = 21
+    """decisions of each contender in a round"""
+    train_rounds: int = 20
+    """rounds of the training row, one batch each"""
+    batch: int = 4096
+    """size of a training batch; the default is the paper's number of environments on g1 (Table S1)"""
+    csv: Path = ROOT / "benchmarks" / "results" / "cost.csv"
+    """file to write"""
+
+
+class Task(NamedTuple):
+    """The sizes a policy is made for."""
+
+    env_id: str
+    obs_dim: int
+    low: np.ndarray  # (action_dim,)
+    high: np.ndarray  # (action_dim,)
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.low)
+
+
+def make_task(env_id: str) -> Task:
+    """A Gymnasium environment's sizes, or those of Unitree RL Gym's g1: 47 observations, 12 actions."""
+    if env_id == "g1":
+        return Task(env_id, 47, -np.ones(12), np.ones(12))
+    env = make_env(env_id)()
+    env.close()
+    return Task(env_id, env.observation_space.shape[0], env.action_space.low, env.action_space.high)
+
+
+def deployable(task: Task) -> dict[str, nn.Module]:
+    """Each policy as a robot runs it, and the critic: modules from observations (B, obs_dim)."""
+    torch.manual_seed(1)
+    policies = {name: make_policy(kind, task.obs_dim, task.action_dim, Args()) for name, kind in POLICIES.items()}
+    stats = RunningMeanStd((task.obs_dim,))
+    deployed = {name: DeployedPolicy(policy, stats, task.low, task.high) for name, policy in policies.items()}
+    return {name: module.eval() for name, module in {**deployed, "critic": Critic(task.obs_dim)}.items()}
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Trained numbers; a deployed policy's statistics and limits are buffers and not among them."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def num_bytes(module: nn.Module) -> int:
+    """Memory of parameters and buffers, a deployed policy's observation statistics (float64) and limits included."""
+    return sum(tensor.nbytes for tensor in itertools.chain(module.parameters(), module.buffers()))
+
+
+def num_flops(module: nn.Module, obs_dim: int) -> int:
+    """Floating-point operations of one decision's matrix products, 2 for each multiply-add, as PyTorch counts them.
+
+    It counts what eager PyTorch runs. Biases, tanh, exp and other elementwise operations are not counted.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.zeros(1, obs_dim))
+    return counter.get_total_flops()
+
+
+def compiled(function: Callable) -> Callable:
+    """`function` compiled with the options of the script's `compile_functions`."""
+    return torch.compile(function, dynamic=False, fullgraph=True, options={"cpp_wrapper": True})
+
+
+def decision(module: nn.Module, runtime: str, obs_dim: int, folder: str) -> Callable[[], np.ndarray]:
+    """A function that takes one decision: a raw observation (1, obs_dim) to an action (1, action_dim), float32."""
+    obs = np.random.default_rng(1).standard_normal((8, obs_dim)).astype(np.float32)
+    one = obs[:1]
+    if runtime == "onnx":
+        path = str(Path(folder, "policy.onnx"))
+        with contextlib.redirect_stdout(io.StringIO()):  # it says where a file is that nobody will see
+            to_onnx(module, path, obs)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return lambda: session.run(None, {"obs": one})[0]
+    act = compiled(module) if runtime == "compiled" else module
+
+    def decide() -> np.ndarray:
+        with torch.no_grad():
+            return act(torch.from_numpy(one)).numpy()
+
+    return decide
+
+
+def train_step(policy: nn.Module, runtime: str, obs: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """A function that samples actions for `obs` (B, obs_dim) and takes the gradient of their mean log-probability."""
+    parameters = list(policy.parameters())
+
+    def gradient(obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(policy.log_prob(obs, action).mean(), parameters)
+
+    # Two functions, as in training: in one, the compiler would share the features of `obs` between the two.
+    sample, gradient = (compiled(f) if runtime == "compiled" else f for f in (policy.sample, gradient))
+
+    def step() -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            action, _ = sample(obs)
+        return gradient(obs, action)
+
+    return step
+
+
+def in_turn(functions: dict[Hashable, Callable], rounds: int, calls: int = 1) -> dict[Hashable, list[float]]:
+    """Microseconds of a call of each function: one number a round, the median of its calls, which hides a call that
+    another process interrupted. A first round, which may compile, is left out."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            clock = [time.perf_counter()]
+            for _ in range(calls):
+                function()
+                clock.append(time.perf_counter())
+            times[name].append(1e6 * statistics.median(end - start for start, end in itertools.pairwise(clock)))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def measure(task: Task, args: CostArgs) -> dict[tuple[str, str], list[float]]:
+    """{(what is measured, contender): its values, one for each round}; what needs no rounds has one value."""
+    modules = deployable(task)
+    obs = torch.randn(args.batch, task.obs_dim)
+    found = {("parameters", name): [num_parameters(module)] for name, module in modules.items()}
+    found |= {("bytes", name): [num_bytes(module)] for name, module in modules.items()}
+    found |= {("flops", name): [num_flops(module, task.obs_dim)] for name, module in modules.items()}
+    torch.compiler.reset()  # another task's kernels would be looked through at every call
+    with tempfile.TemporaryDirectory() as folder:
+        decisions = {
+            (f"decision, {runtime} (µs)", name): decision(module, runtime, task.obs_dim, folder)
+            for runtime in args.runtimes
+            for name, module in modules.items()
+        }
+    steps = {
+        (f"training, {runtime} (µs)", name): train_step(modules[name].policy, runtime, obs)
+        for runtime in args.runtimes
+        for name in POLICIES
+        if runtime != "onnx"
+    }
+    return found | in_turn(decisions, args.rounds, args.calls) | in_turn(steps, args.train_rounds)
+
+
+def summarize(found: dict[tuple[str, str], list[float]]) -> dict[tuple[str, str], tuple[float, float]]:
+    """{(what, contender): (median, median ratio to the Gaussian of the same round)}, rounded as the file holds them."""
+    summary = {}
+    for (what, name), values in found.items():
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(values, found[what, BASELINE]))
+        summary[what, name] = round(statistics.median(values), 1), round(ratio, 3)
+    return summary
+
+
+def markdown(task: Task, summary: dict[tuple[str, str], tuple[float, float]]) -> str:
+    """The table of one task: a row for each quantity, a column for each contender."""
+    whats, names = (list(dict.fromkeys(key[i] for key in summary)) for i in (0, 1))
+    title = f"{task.env_id}: {task.obs_dim} observations, {task.action_dim} actions"
+    lines = [f"| {title} | " + " | ".join(names) + " |", "|-" * (len(names) + 1) + "|"]
+    for what in whats:
+        cells = []
+        for name in names:
+            value, ratio = summary.get((what, name), (None, None))
+            cells.append("" if value is None else f"{value:,.0f} ({ratio:.2f} x)")
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = tyro.cli(CostArgs, description=__doc__.split("\n")[0])
+    torch.set_num_threads(1)
+    torch._dynamo.config.trace_autograd_ops = True  # as the script does: torch.autograd.grad within compiled functions
+    rows = []
+    for env_id in args.env_ids:
+        task = make_task(env_id)
+        summary = summarize(measure(task, args))
+        print(markdown(task, summary), end="\n\n", flush=True)
+        sizes = env_id, task.obs_dim, task.action_dim
+        rows += [(*sizes, name, what, *numbers) for (what, name), numbers in summary.items()]
+    with args.csv.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("env_id", "obs_dim", "action_dim", "contender", "what", "value", f"relative_to_{BASELINE}"))
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Promise: the cost table counts what it says it counts, and every number in it is measured."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import cost
+
+HIDDEN = 64  # the width of every network here
+RUNTIMES = ("eager", "compiled", "onnx")
+
+
+@pytest.fixture(autouse=True)
+def no_code_generation(monkeypatch):
+    """Capture and differentiate graphs as ever, but run them in PyTorch: generating code takes too long for a test."""
+    real = torch.compile
+
+    def compile_graph(function, options, **how):
+        return real(function, backend="aot_eager", **how)
+
+    monkeypatch.setattr(torch, "compile", compile_graph)
+
+
+def mlp(obs_dim: int, out_dim: int) -> int:
+    """Weights of the Gaussian twin's network of two hidden layers."""
+    return obs_dim * HIDDEN + HIDDEN * HIDDEN + HIDDEN * out_dim
+
+
+def by_hand(obs_dim: int, action_dim: int) -> dict[str, tuple[int, int]]:
+    """Weights in matrix products, and other parameters (biases, log standard deviations), of each contender."""
+    # Four coupling layers keep each dimension twice and transform it twice, to a scale and a shift.
+    flow = 4 * obs_dim * HIDDEN + 2 * action_dim * HIDDEN + 2 * HIDDEN * 2 * action_dim
+    return {
+        "nfpo": (flow, 4 * HIDDEN + 2 * 2 * action_dim),
+        "ppo": (mlp(obs_dim, action_dim), 2 * HIDDEN + 2 * action_dim),
+        # Five means and a weight for each component, and five log standard deviations for each dimension.
+        "ppo_mixture": (mlp(obs_dim, 5 * action_dim + 5), 2 * HIDDEN + 5 * action_dim + 5 + 5 * action_dim),
+        "critic": (mlp(obs_dim, 1), 2 * HIDDEN + 1),
+    }
+
+
+@pytest.mark.parametrize("obs_dim, action_dim", [(376, 17), (47, 12), (4, 1)])
+def test_counts_are_those_by_hand(obs_dim, action_dim):
+    """Parameters, memory and floating-point operations follow from the layers' sizes."""
+    task = cost.Task("any", obs_dim, -np.ones(action_dim), np.ones(action_dim))
+    modules, expected = cost.deployable(task), by_hand(obs_dim, action_dim)
+    assert modules.keys() == expected.keys()
+    for name, (weights, others) in expected.items():
+        assert cost.num_parameters(modules[name]) == weights + others, name
+        assert cost.num_flops(modules[name], obs_dim) == 2 * weights, name
+        # Beside float32 parameters: mean and deviation of observations in float64, limits, the flow's int64 order.
+        buffers = 0 if name == "critic" else 2 * 8 * obs_dim + 2 * 4 * action_dim + 8 * action_dim * (name == "nfpo")
+        assert cost.num_bytes(modules[name]) == 4 * (weights + others) + buffers, name
+
+
+def test_sizes_are_the_environments():
+    """A Gymnasium environment's sizes and limits are its own, g1's the paper's."""
+    humanoid, g1 = cost.make_task("Humanoid-v4"), cost.make_task("g1")
+    assert (humanoid.obs_dim, humanoid.action_dim) == (376, 17)
+    assert humanoid.low.tolist() == pytest.approx([-0.4] * 17) and humanoid.high.tolist() == pytest.approx([0.4] * 17)
+    assert (g1.obs_dim, g1.action_dim) == (47, 12)
+
+
+def test_contenders_take_turns(monkeypatch):
+    """A B A B, a number for each round, the first thrown away; an interrupted call does not show in its round."""
+    called, now = [], [0.0]
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+
+    def contender(name, seconds):
+        def call():
+            called.append(name)
+            slow = len(called) <= 6 or len(called) == 8  # the first round, and one call of the second
+            now[0] += 100 if slow else seconds
+
+        return call
+
+    times = cost.in_turn({"a": contender("a", 2e-6), "b": contender("b", 3e-6)}, rounds=2, calls=3)
+    assert "".join(called) == "aaabbb" * 3
+    assert times["a"] == pytest.approx([2, 2], rel=1e-3) and times["b"] == pytest.approx([3, 3], rel=1e-3)
+
+
+def test_ratios_are_taken_within_a_round():
+    """The ratio is the median of the rounds' ratios, not the ratio of the medians."""
+    found = {("x", "nfpo"): [2.0, 30.0, 400.0], ("x", "ppo"): [1.0, 20.0, 100.0]}
+    assert cost.summarize(found) == {("x", "nfpo"): (30.0, 2.0), ("x", "ppo"): (20.0, 1.0)}
+
+
+def test_every_runtime_decides_the_same(tmp_path):
+    """What is timed is the same decision in PyTorch, compiled or not, and in ONNX Runtime, within the limits."""
+    module = cost.deployable(cost.make_task("g1"))["nfpo"]
+    with torch.no_grad():
+        for layer in module.policy.layers:
+            layer.out.bias.uniform_(-2, 2)  # so that something is clipped
+    eager, compiled, onnx = (cost.decision(module, runtime, 47, str(tmp_path))() for runtime in RUNTIMES)
+    assert eager.dtype == np.float32 and eager.shape == (1, 12)
+    assert np.abs(eager - onnx).max() < 1e-5 and np.abs(eager - compiled).max() < 1e-5
+    assert np.abs(eager).max() == 1 and np.abs(eager).min() < 1
+
+
+@pytest.mark.parametrize("runtime", ["eager", "compiled"])
+def test_training_step_differentiates_the_samples_log_prob(runtime):
+    """The training row's gradient is that of the mean log-probability, every parameter's in turn."""
+    policy = cost.deployable(cost.make_task("g1"))["nfpo"].policy
+    obs = torch.randn(16, 47)
+    torch.manual_seed(3)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):  # as `main` sets it
+        gradients = cost.train_step(policy, runtime, obs)()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        action, _ = policy.sample(obs)
+    policy.log_prob(obs, action).mean().backward()
+    for gradient, (name, parameter) in zip(gradients, policy.named_parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, msg=name)
+
+
+@pytest.mark.parametrize("tasks, runtimes", [(("g1", "HalfCheetah-v4"), ("eager",)), (("g1",), ("eager", "onnx"))])
+def test_command_line(tasks, runtimes, tmp_path, monkeypatch, capsys):
+    """Every contender gets every row, with positive numbers, in the file and in the table."""
+    path = tmp_path / "cost.csv"
+    flags = f"--rounds 3 --calls 2 --train-rounds 2 --batch 64 --csv {path} --runtimes".split()
+    monkeypatch.setattr(sys, "argv", ["cost.py", *flags, *runtimes, "--env-ids", *tasks])
+    cost.main()
+    table = capsys.readouterr().out
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    decisions = ["parameters", "bytes", "flops", *(f"decision, {runtime} (µs)" for runtime in runtimes)]
+    expected = {
+        (task, *{"g1": ("47", "12"), "HalfCheetah-v4": ("17", "6")}[task], name, what)
+        for task in tasks
+        for name in ("nfpo", "ppo", "ppo_mixture", "critic")
+        for what in [*decisions, *(["training, eager (µs)"] if name != "critic" else [])]
+    }
+    keys = [(row["env_id"], row["obs_dim"], row["action_dim"], row["contender"], row["what"]) for row in rows]
+    assert set(keys) == expected and len(keys) == len(expected)
+    for row in rows:
+        value, ratio = float(row["value"]), float(row["relative_to_ppo"])
+        assert value > 0 and ratio > 0 and (row["contender"] != "ppo" or ratio == 1)
+        assert f"{value:,.0f} ({ratio:.2f} x)" in table
+    assert table.count("\n| ") + 1 == len(tasks) * (1 + len(decisions) + 1)
