@@ -254,6 +254,7 @@ def test_probability_of_improvement():
         ((0.5, 1.0), 3, "above", "not decidable here"),
         ((0.6, 1.0), 3, "not above", "**not reproduced**"),
         ((0.0, 0.4), 3, "not above", "reproduced"),
+        ((0.4, 0.6), 3, "not above", "agrees: no difference seen"),
         ((0.4, 0.6), 3, "equal", "agrees: no difference seen"),
         ((0.0, 0.4), 3, "equal", "**not reproduced**, behind"),
         ((1.0, 1.0), 2, "above", "open (2 of 3 seeds)"),
