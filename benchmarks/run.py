@@ -39,6 +39,7 @@ REQUEUED = -1  # submitit leaves a process with it, once it has asked for the jo
 BUSY = -2
 
 NFPO = "nfpo_continuous_action.py"
+GRIDWORLD_FLAGS = "--num-envs 64 --num-steps 64 --num-minibatches 4 --gamma 0.9 --no-compile"
 # A variant is a command. Its name becomes the run's --exp-name.
 VARIANTS = {
     "NFPO": NFPO,
@@ -51,6 +52,9 @@ VARIANTS = {
     "NFPO-std-lr": f"{NFPO} --learned-base-std --learning-rate 1e-4",
     "NFPO-std-kl": f"{NFPO} --learned-base-std --target-kl 0.05",
     "PPO-lr": "benchmarks/baselines/ppo_continuous_action.py --learning-rate 1e-4",
+    # Figure 6: the same flags for both, without tuning either.
+    "NFPO-grid": f"{NFPO} {GRIDWORLD_FLAGS}",
+    "PPO-grid": f"benchmarks/baselines/ppo_continuous_action.py {GRIDWORLD_FLAGS}",
     # Figures 2 to 4 and S2: one flag at a time.
     **{f"scale-{fn}": f"{NFPO} --scale-fn {fn}" for fn in ("none", "zero", "clip", "asymmetric")},
     **{f"tanh-{bound:g}": f"{NFPO} --scale-bound {bound:g}" for bound in (0.1, 0.25, 1, 2)},
@@ -79,7 +83,7 @@ GRID = [
     Experiment("S1", MUJOCO, ("NFPO", "PPO", "NFPO-std-lr", "PPO-lr"), 5, 1_000_000),
     Experiment("S1", ("Humanoid-v4", "HalfCheetah-v4"), ("PPO-mixture",), 5, 1_000_000),
     Experiment("S1-screen", ("HalfCheetah-v4", "Ant-v4"), ("NFPO-std", "NFPO-std-kl"), 1, 1_000_000),
-    Experiment("6", (GRIDWORLD,), ("NFPO", "PPO"), 5, 100_000),
+    Experiment("6", (GRIDWORLD,), ("NFPO-grid", "PPO-grid"), 5, 131_072),
     Experiment("2", ABLATION, ("NFPO", "scale-none", "scale-zero", "scale-clip", "scale-asymmetric"), 3, 500_000),
     Experiment("3", ABLATION, ("NFPO", *(name for name in VARIANTS if name.startswith("tanh-"))), 3, 500_000),
     Experiment("3", ABLATION, ("scale-clip", *(name for name in VARIANTS if name.startswith("clip-"))), 3, 500_000),

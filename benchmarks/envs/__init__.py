@@ -1,0 +1,1 @@
+"""Environments of the benchmarks, used as `--env-id benchmarks.envs.<module>:<id>`."""

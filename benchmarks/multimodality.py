@@ -1,0 +1,287 @@
+"""Does the flow learn several ways to act, and its Gaussian twin one? The paper's Fig. 6 (Sec. 5.3) from finished runs.
+
+Run:     python benchmarks/multimodality.py runs/benchmarks.envs.gridworld-GridWorld-v0__*
+Needs:   pip install -r requirements.txt -r requirements/benchmarks.txt
+Before:  train both contenders with the same flags, as benchmarks/README.md says.
+
+Plays each run's policy 1000 times from the start, at temperature 1 and with its frozen observation statistics. Writes
+`benchmarks/results/gridworld.csv`, one row for each run given, prints it as a table and draws the first run of each
+contender into `benchmarks/figures/figure6.png`. Entropy is that of the distribution over the goals reached, in bits.
+Modes are those of the exact action density at the start, of actions as sampled: the environment clips them to the Box.
+"""
+
+import csv
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import matplotlib
+import numpy as np
+import torch
+import tyro
+from scipy import ndimage
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from benchmarks.baselines.ppo_continuous_action import GaussianPolicy  # noqa: E402
+from benchmarks.envs.gridworld import GOALS, HALF, REACH, SIZE, START  # noqa: E402
+from nfpo_continuous_action import (  # noqa: E402
+    Args,
+    BadInput,
+    DeployedPolicy,
+    FlowPolicy,
+    RunningMeanStd,
+    load_checkpoint,
+    make_policy,
+    normalize_obs,
+)
+
+FOLDER = Path(__file__).resolve().parent
+ENV_ID = "benchmarks.envs.gridworld:GridWorld-v0"
+CONTENDERS = {"FlowPolicy": ("NFPO", FlowPolicy), "GaussianPolicy": ("PPO", GaussianPolicy)}
+GOAL_COLORS = ("tab:blue", "tab:orange", "tab:purple", "tab:red")
+
+
+@dataclasses.dataclass
+class MultimodalityArgs:
+    run_dirs: tyro.conf.Positional[tuple[Path, ...]]
+    """run folders on the gridworld, of both contenders"""
+    episodes: int = 1000
+    """episodes played with each policy"""
+    seed: int = 1
+    """seed of the action noise"""
+    csv: Path = FOLDER / "results" / "gridworld.csv"
+    """file for the numbers"""
+    figure: Path = FOLDER / "figures" / "figure6.png"
+    """file for the picture"""
+
+
+class Run(NamedTuple):
+    """A trained policy with its observation statistics."""
+
+    contender: str
+    seed: int
+    deployed: DeployedPolicy
+    obs_stats: RunningMeanStd
+
+
+class Episodes(NamedTuple):
+    """N episodes from the start."""
+
+    positions: np.ndarray  # (T + 1, N, 2), not a number after an episode's end
+    goals: np.ndarray  # (N,), index of the goal reached or -1
+    lengths: np.ndarray  # (N,), steps
+
+
+def load_run(run_dir: Path) -> Run:
+    """The policy of a run folder. Raises `BadInput` for one of another environment or policy."""
+    state = load_checkpoint(run_dir, flag="RUN_DIRS")
+    args = Args(**state["args"])
+    if args.env_id != ENV_ID:
+        raise BadInput(f"RUN_DIRS has {run_dir}, a run of {args.env_id}; allowed are runs of {ENV_ID}")
+    if state["policy_class"] not in CONTENDERS:
+        raise BadInput(f"RUN_DIRS has {run_dir}, a run of {state['policy_class']}; allowed are {', '.join(CONTENDERS)}")
+    contender, policy_class = CONTENDERS[state["policy_class"]]
+    env = gym.make(ENV_ID)
+    policy = make_policy(policy_class, env.observation_space.shape[0], env.action_space.shape[0], args)
+    policy.load_state_dict(state["policy"])
+    obs_stats = RunningMeanStd()
+    obs_stats.load_state_dict(state["processes"][0]["collector"]["obs_stats"])
+    deployed = DeployedPolicy(policy, obs_stats, env.action_space.low, env.action_space.high).eval()
+    return Run(contender, args.seed, deployed, obs_stats)
+
+
+@torch.no_grad()
+def play(run: Run, episodes: int) -> Episodes:
+    """Play episodes side by side at temperature 1: one environment each, one batch of actions a step."""
+    envs = [gym.make(ENV_ID, disable_env_checker=True) for _ in range(episodes)]
+    obs = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs)])  # (N, 2)
+    goals, lengths = np.full(episodes, -1), np.zeros(episodes, dtype=np.int64)
+    positions, playing = [obs.copy()], np.ones(episodes, dtype=bool)
+    while playing.any():
+        actions = run.deployed.act(torch.from_numpy(obs), temperature=1.0).numpy()
+        positions.append(np.full_like(obs, np.nan))
+        for i in playing.nonzero()[0]:
+            obs[i], _, terminated, truncated, info = envs[i].step(actions[i])
+            positions[-1][i], goals[i], playing[i] = obs[i], info["goal"], not (terminated or truncated)
+            lengths[i] += 1
+    return Episodes(np.stack(positions), goals, lengths)
+
+
+def entropy_bits(goals: np.ndarray) -> float:
+    """Entropy of the distribution over the goals reached, in bits; -1 stands for none and is left out. (N,) -> scalar.
+
+    Not a number where no goal was reached.
+    """
+    reached = goals[goals >= 0]
+    if not reached.size:
+        return math.nan
+    shares = np.bincount(reached) / reached.size
+    shares = shares[shares > 0]
+    return float((shares * np.log2(1 / shares)).sum())
+
+
+@torch.no_grad()
+def start_density(run: Run, limit: float, points: int = 601) -> tuple[np.ndarray, np.ndarray]:
+    """Exact density of unclipped actions at the start. -> grid along both axes (P,), density (P, P) in rows of dy."""
+    axis = np.linspace(-limit, limit, points)
+    dx, dy = np.meshgrid(axis, axis)
+    actions = torch.from_numpy(np.stack([dx.ravel(), dy.ravel()], axis=-1)).float()  # (P * P, 2)
+    obs = torch.from_numpy(normalize_obs(run.obs_stats, START)).expand(len(actions), -1)
+    return axis, run.deployed.policy.log_prob(obs, actions).exp().numpy().reshape(points, points).astype(np.float64)
+
+
+@torch.no_grad()
+def action_limit(run: Run, share: float = 0.999, samples: int = 10_000) -> float:
+    """The size that a `share` of the components of actions sampled at the start does not exceed, and a tenth more."""
+    obs = torch.from_numpy(normalize_obs(run.obs_stats, START)).expand(samples, -1)
+    return 1.1 * float(run.deployed.policy.sample(obs)[0].abs().quantile(share))
+
+
+def find_modes(density: np.ndarray, height: float = 0.1, dip: float = 0.5) -> np.ndarray:
+    """The modes of a density on a grid (P, P). -> (modes, 2) indexes.
+
+    A local maximum counts if it is at least `height` of the highest, and if from it the density has to fall by the
+    share `dip` before anything higher is reached: ripples on one broad hill are not modes, nor are those that
+    a grid makes of a ridge narrower than its cells.
+    """
+    peaks = (density == ndimage.maximum_filter(density, size=3)) & (density >= height * density.max())
+    modes = []
+    for index in np.argwhere(peaks):
+        islands, _ = ndimage.label(density > (1 - dip) * density[tuple(index)], structure=np.ones((3, 3)))
+        island = np.where(islands == islands[tuple(index)], density, 0.0)
+        if np.ravel_multi_index(index, density.shape) == island.argmax():  # of equal neighbors, the first
+            modes.append(index)
+    return np.array(modes)
+
+
+def summary(run: Run, episodes: Episodes) -> dict:
+    """One row of the CSV."""
+    _, density = start_density(run, action_limit(run))
+    shares = [float((episodes.goals == goal).mean()) for goal in range(len(GOALS))]
+    return {
+        "contender": run.contender,
+        "seed": run.seed,
+        "entropy_bits": f"{entropy_bits(episodes.goals):.3f}",
+        "success_rate": f"{(episodes.goals >= 0).mean():.3f}",
+        "mean_length": f"{episodes.lengths.mean():.2f}",
+        "modes": len(find_modes(density)),
+        **{f"share_goal_{goal}": f"{share:.3f}" for goal, share in enumerate(shares)},
+    }
+
+
+def draw_board(axes: plt.Axes) -> None:
+    """Cells, the grey start and the green goals."""
+    for center, color in ((START, "0.75"), *((goal, "#9fd69f") for goal in GOALS)):
+        axes.add_patch(plt.Rectangle(center - REACH, 2 * REACH, 2 * REACH, color=color, linewidth=0, zorder=0))
+    ticks = np.arange(SIZE + 1) - HALF
+    axes.hlines(ticks, -HALF, HALF, color="0.9", linewidth=0.6, zorder=0)
+    axes.vlines(ticks, -HALF, HALF, color="0.9", linewidth=0.6, zorder=0)
+    axes.set(xlim=(-HALF, HALF), ylim=(-HALF, HALF), xlabel="x (cells)", ylabel="y (cells)", aspect="equal")
+    axes.set(xticks=range(-3, 4), yticks=range(-3, 4))
+
+
+@torch.no_grad()
+def draw_actions(axes: plt.Axes, run: Run, samples: int = 12) -> None:
+    """Sampled actions, as the environment receives them, from the center of every cell that is not green."""
+    centers = np.stack(np.meshgrid(*[np.arange(SIZE) - SIZE // 2] * 2), axis=-1).reshape(-1, 2)
+    is_green = (np.abs(centers[:, None] - GOALS) <= REACH).all(-1).any(-1)
+    centers = centers[~is_green].astype(np.float32)  # (cells, 2)
+    positions = centers.repeat(samples, axis=0)  # (cells * samples, 2)
+    actions = run.deployed.act(torch.from_numpy(positions), temperature=1.0).numpy()
+    at_start = (positions == START).all(-1)
+    draw_board(axes)
+    for mask, color in ((~at_start, "tab:blue"), (at_start, "black")):
+        axes.quiver(
+            *positions[mask].T,
+            *0.45 * actions[mask].T,
+            angles="xy",
+            scale_units="xy",
+            scale=1,
+            width=0.0035,
+            color=color,
+            alpha=0.6,
+        )
+    axes.set_title(f"{run.contender} (seed {run.seed}): {samples} actions a cell", fontsize=10)
+
+
+def draw_trajectories(axes: plt.Axes, run: Run, episodes: Episodes, shown: int = 100) -> None:
+    """The first `shown` episodes, colored by the goal reached, and at each goal its share in all episodes."""
+    draw_board(axes)
+    for i in range(min(shown, len(episodes.goals))):
+        color = GOAL_COLORS[episodes.goals[i]] if episodes.goals[i] >= 0 else "0.4"
+        axes.plot(*episodes.positions[:, i].T, color=color, linewidth=0.7, alpha=0.4, marker=".", markersize=2.5)
+    for goal, center in enumerate(GOALS):
+        axes.annotate(
+            f"{100 * (episodes.goals == goal).mean():.0f} %",
+            center * 0.74 + np.where(center == 0, 0.95, 0),  # beside the arrivals, not under them
+            ha="center",
+            va="center",
+            fontsize=9,
+            color=GOAL_COLORS[goal],
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )
+    bits = entropy_bits(episodes.goals)
+    axes.set_title(f"{min(shown, len(episodes.goals))} trajectories; goal entropy {bits:.2f} bit", fontsize=10)
+
+
+def draw_density(axes: plt.Axes, run: Run, limit: float):
+    """The action density at the start, the Box and the modes. Returns the image, for a color bar."""
+    axis, density = start_density(run, limit)
+    modes = find_modes(density)
+    scale = matplotlib.colors.LogNorm(1e-3, 1, clip=True)
+    image = axes.pcolormesh(axis, axis, density / density.max(), cmap="magma", norm=scale, rasterized=True)
+    axes.add_patch(plt.Rectangle((-1, -1), 2, 2, fill=False, edgecolor="white", linestyle="--", label="Box of actions"))
+    axes.plot(axis[modes[:, 1]], axis[modes[:, 0]], "c+", markersize=9, label="mode")
+    axes.legend(fontsize=7, loc="upper right", facecolor="0.3", labelcolor="white")
+    axes.set(xlabel="action dx", ylabel="action dy", aspect="equal")
+    axes.set_title("action density at the start", fontsize=10)
+    return image
+
+
+def draw(runs: list[tuple[Run, Episodes]], path: Path) -> None:
+    """A column for each run; rows: actions, trajectories, density at the start."""
+    limit = max(action_limit(run, share=0.95) for run, _ in runs)  # the rest is far outside the Box
+    figure, axes = plt.subplots(3, len(runs), figsize=(0.6 + 3.7 * len(runs), 11), layout="constrained", squeeze=False)
+    for column, (run, episodes) in zip(axes.T, runs):
+        draw_actions(column[0], run)
+        draw_trajectories(column[1], run, episodes)
+        image = draw_density(column[2], run, limit)
+    figure.colorbar(image, ax=axes[2], label="density / its maximum", shrink=0.9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    args = tyro.cli(MultimodalityArgs, description=__doc__.split("\n")[0])
+    torch.set_num_threads(1)
+    try:
+        if not args.run_dirs or args.episodes < 1:
+            raise BadInput("allowed are at least one run folder and at least one episode")
+        runs = sorted(map(load_run, args.run_dirs), key=lambda run: (run.contender, run.seed))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    rows, first = [], {}
+    for run in runs:
+        torch.manual_seed(args.seed)
+        episodes = play(run, args.episodes)
+        rows.append(summary(run, episodes))
+        first.setdefault(run.contender, (run, episodes))
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with args.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    for cells in (rows[0], ["-"] * len(rows[0]), *(row.values() for row in rows)):
+        print("| " + " | ".join(map(str, cells)) + " |")
+    draw(list(first.values()), args.figure)
+
+
+if __name__ == "__main__":
+    main()
