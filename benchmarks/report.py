@@ -290,6 +290,12 @@ def figure_s1_aggregate(results: Results, folder: Path) -> None:
     save(figure, folder / "figure_S1_aggregate.png")
 
 
+PICTURES = {
+    "S1": ("figure_S1.png", "figure_S1_aggregate.png"),
+    **{name: (f"figure_{name}.png",) for name in ("2", "3", "4", "S2", "6")},
+    "cost": (),
+}
+
 # The ablations: which curves stand in which row of which figure.
 ABLATION_ROWS = {
     "2": {"scale function, l = 0.5": ["NFPO", "scale-none", "scale-zero", "scale-clip", "scale-asymmetric"]},
@@ -545,10 +551,11 @@ def state(results: Results) -> str:
 
 
 def table_ablation(results: Results, name: str) -> str:
+    """The scores behind an ablation's figure."""
     parts = []
     for title, variants in ABLATION_ROWS[name].items():
         scores = table_scores(results, ABLATION, variants, STEPS_ABLATION, TRAINING)
-        parts += [f"{title[0].upper()}{title[1:]}:", "", scores, ""]
+        parts += [f"{title}, return over the last 100 training episodes:", "", scores, ""]
     return "\n".join(parts).rstrip()
 
 
@@ -598,9 +605,13 @@ def main() -> None:
     figure_s1_aggregate(results, args.figures)
     for name in ABLATION_ROWS:
         figure_ablation(results, name, args.figures)
-    parts = {"summary": summary(results), "state": state(results), "S1": table_s1(results)}
-    parts |= {name: table_ablation(results, name) for name in ABLATION_ROWS}
-    parts |= {"6": table_gridworld(results), "cost": table_cost(results)}
+    pages = {"S1": table_s1(results), **{name: table_ablation(results, name) for name in ABLATION_ROWS}}
+    pages |= {"6": table_gridworld(results), "cost": table_cost(results)}
+    parts = {"summary": summary(results), "state": state(results)}
+    for name, text in pages.items():
+        # A picture is shown where there is one: a figure without runs is not drawn.
+        pictures = [f"![{path}](figures/{path})\n" for path in PICTURES[name] if (args.figures / path).exists()]
+        parts[name] = "\n".join([*pictures, text])
     write_readme(args.readme, parts)
     print(state(results))
 
