@@ -246,6 +246,10 @@ def figure_s1(results: Results, folder: Path) -> None:
     published = published[published.steps == STEPS_1M]
     for axes, env_id in zip(grid.flat, MUJOCO):
         draw_curves(axes, results, env_id, contenders(results), STEPS_1M, "episodic_return", "episode return")
+        if not axes.lines:
+            axes.text(0.5, 0.5, "no run yet", transform=axes.transAxes, ha="center", color="dimgray")
+            axes.set(xticks=[], yticks=[])
+            continue
         top = axes.get_ylim()[1]
         notes = []
         for row in published[published.env_id == env_id].itertuples():

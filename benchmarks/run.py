@@ -210,9 +210,11 @@ class Job:
 
 def play(run_dir: Path, namespace: dict) -> list[float]:
     """Returns of 20 episodes of the finished policy as it would be deployed, at temperature 0."""
-    from nfpo_continuous_action import evaluate, load_checkpoint
+    import nfpo_continuous_action as module
 
-    return evaluate(run_dir, namespace[load_checkpoint(run_dir)["policy_class"]], eval_episodes=20)
+    # The flow's script has just run as `__main__`: its classes are not the module's, and go with its own functions.
+    evaluate = namespace.get("evaluate", module.evaluate)
+    return evaluate(run_dir, namespace[module.load_checkpoint(run_dir)["policy_class"]], eval_episodes=20)
 
 
 def provenance() -> dict[str, str]:
