@@ -137,7 +137,8 @@ class Estimate(NamedTuple):
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.value:.0f} [{self.low:.0f}, {self.high:.0f}]" + (f" ({self.seeds})" if self.seeds < 5 else "")
+        interval = f" [{self.low:.0f}, {self.high:.0f}]" if self.seeds > 1 else ""
+        return f"{self.value:.0f}{interval}" + (f" ({self.seeds})" if self.seeds < 5 else "")
 
 
 def bootstrap(scores, statistic: Callable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -348,7 +349,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(scores: np.ndarray) -> str:
-    return str(iqm(scores)) if len(scores) else "no run yet"
+    return str(iqm(scores)) if len(scores) else "-"
 
 
 def table_scores(results: Results, env_ids: tuple[str, ...], variants: list[str], total: int, column: str) -> str:

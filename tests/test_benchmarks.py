@@ -215,7 +215,7 @@ def test_report_of_the_tiny_grid(grid, reported):
         assert mine.approx_kl[edge] == pytest.approx(value, rel=1e-3)
     page = (reported / "README.md").read_text()
     assert "| NFPO beats PPO on Humanoid | Fig. S1 |" in page
-    assert f"{runs.last_100_episodes['NFPO']:.0f} [" in page and "(1) |" in page
+    assert f"| NFPO | {runs.last_100_episodes['NFPO']:.0f} (1) |" in page
     for name in ("figure_S1.png", "figure_S1_aggregate.png", "figure_2.png"):
         assert (reported / "figures" / name).stat().st_size > 10_000, name
 
@@ -236,7 +236,8 @@ def test_interquartile_mean():
         assert found.value == pytest.approx(value) and found.seeds == len(scores)
         assert min(scores) <= found.low <= found.value <= found.high <= max(scores)
     certain = report.iqm(np.full(5, 3.0))
-    assert (certain.low, certain.high) == (3, 3)
+    assert (certain.low, certain.high) == (3, 3) and str(certain) == "3 [3, 3]"
+    assert str(report.iqm(np.array([7.0]))) == "7 (1)"
     # Two seeds: a quarter of the resamples is all low, a quarter all high, so both are inside 95 %.
     pair = report.iqm(np.array([0.0, 1.0]))
     assert (pair.low, pair.value, pair.high) == (0, 0.5, 1)
