@@ -135,6 +135,26 @@ def test_one_process_a_run(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("Hopper*"))
 
 
+def test_time_limit_is_not_an_end(tmp_path, monkeypatch):
+    """At a cluster's time limit submitit asks for another turn and leaves by SystemExit(-1): that is no exit status of
+    the script, and must not end up as the run's result. The turn is the same job."""
+
+    def meets_time_limit(*_, **__):
+        raise SystemExit(-1)
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(runner.runpy, "run_path", meets_time_limit)
+    job = runner.Job(runner.Run("Hopper-v4", "NFPO", 1, 512), tmp_path)
+    with pytest.raises(SystemExit):
+        job()
+    assert not list(tmp_path.glob("*/run.json"))
+    assert job.checkpoint().function is job
+
+
 def test_selection(monkeypatch, capsys):
     """Seed by seed, each run once, only what is wanted; an unknown name is one line."""
     grid = [
