@@ -361,7 +361,10 @@ def main() -> None:
         for run in missing:
             print("python " + shlex.join(run.command()))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends like Ctrl-C: the workers go too
+    # A kill ends like Ctrl-C: the workers go too. Started with `nohup ... &` this process would ignore SIGINT, and so
+    # would the workers, which submitit cancels by SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(1 if missing and launch(missing, args) else 0)
 
 

@@ -25,7 +25,7 @@ GRID = [sys.executable, str(ROOT / "tests" / "tiny_grid.py")]
 
 
 def start_grid(folder, *flags) -> subprocess.Popen:
-    """The tiny grid's runner, with its workers in a process group of its own."""
+    """The tiny grid's runner in a process group of its own, ignoring SIGINT as whatever `nohup ... &` starts."""
     flags = ["--runs-dir", folder / "runs", "--recorded", folder / "results" / "runs.csv", *flags]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -33,6 +33,7 @@ def start_grid(folder, *flags) -> subprocess.Popen:
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
