@@ -383,9 +383,9 @@ def table_s1(results: Results) -> str:
     return "\n".join([*parts, markdown(["", *MUJOCO], rows)])
 
 
-def ratio(results: Results, env_id: str, variant: str) -> Optional[float]:
-    """IQM of a contender's training scores over PPO's."""
-    ours, theirs = (results.scores(env_id, v, STEPS_1M) for v in (variant, "PPO"))
+def ratio(results: Results, env_id: str, variant: str, column: str = TRAINING) -> Optional[float]:
+    """IQM of a contender's scores over PPO's."""
+    ours, theirs = (results.scores(env_id, v, STEPS_1M, column) for v in (variant, "PPO"))
     return metrics.aggregate_iqm(ours) / metrics.aggregate_iqm(theirs) if len(ours) and len(theirs) else None
 
 
@@ -400,7 +400,7 @@ def judge(found: Optional[Estimate], planned: int, claim: Literal["above", "not 
     """What was found, and the verdict on a claim about P(ours above theirs). A verdict needs three seeds and an
     interval on one side of 1/2; for `equal` and `not above`, one on both sides agrees with the claim, no more."""
     if found is None:
-        return "no runs yet", "open"
+        return "runs are missing", "open"
     text = f"P = {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
     if found.seeds < 3:
         return text, f"open ({found.seeds} of {planned} seeds)"
@@ -434,10 +434,14 @@ def summary_s1(results: Results) -> list[list[str]]:
         (MUJOCO[1:], "equal", "NFPO performs like PPO on Ant, HalfCheetah, Hopper and Walker2d"),
         (MUJOCO[:1], "above", "NFPO beats PPO on Humanoid"),
     ):
-        ratios = [ratio(results, env_id, "NFPO") for env_id in env_ids]
-        shown = ", ".join(f"{x:.2f}" if x else "-" for x in ratios)
+        shown = []
+        for env_id in env_ids:
+            noisy, deployed = (ratio(results, env_id, "NFPO", column) for column in (TRAINING, DEPLOYED))
+            shown.append(
+                f"{env_id} {noisy:.2f} x, deployed {deployed:.2f} x" if noisy else f"{env_id}: no pair of runs"
+            )
         found, verdict = judge(compare(results, env_ids, "NFPO", "PPO", STEPS_1M), 5, claim)
-        rows.append([text, "Fig. S1", f"{shown} x PPO; {found}", verdict])
+        rows.append([text, "Fig. S1", "; ".join([*shown, found]), verdict])
     variants = [variant for variant in contenders(results) if variant.startswith("NFPO")]
     reached = {v: [ratio(results, env_id, v) for env_id in MUJOCO] for v in variants}
     complete = {v: ratios for v, ratios in reached.items() if all(ratios)}

@@ -304,7 +304,7 @@ def test_verdicts(interval, seeds, claim, verdict):
     """A verdict needs three seeds and an interval on one side of 1/2."""
     found = report.Estimate(np.mean(interval), *interval, seeds)
     assert report.judge(found, 3, claim)[1] == verdict
-    assert report.judge(None, 3, claim) == ("no runs yet", "open")
+    assert report.judge(None, 3, claim) == ("runs are missing", "open")
 
 
 def test_curves_with_holes(tmp_path):
