@@ -80,7 +80,13 @@ class Args:
     num_devices: int = 1
     """devices of each process that share the environments and the minibatches"""
     distributed: bool = False
-    """one of several processes, which find each other through jax.distributed.initialize()"""
+    """one of several processes, which find each other by themselves on SLURM, Open MPI and TPUs"""
+    coordinator: Optional[str] = None
+    """elsewhere: HOST:PORT of the first process"""
+    num_processes: Optional[int] = None
+    """elsewhere: number of processes"""
+    process_id: Optional[int] = None
+    """elsewhere: number of this process, from 0"""
 
     # What to record
     track: bool = False
@@ -182,7 +188,8 @@ class Args:
 FLOW_FLAGS = ("num_flow_layers", "hidden_dim", "hidden_layers", "scale_fn", "scale_bound", "learned_base_std")
 # Flags that may differ between a run and its continuation, or its evaluation: they do not change what is computed.
 LOG_FLAGS = ("track", "wandb_project_name", "wandb_entity", "capture_video", "runs_dir")
-RESUME_FLAGS = ("resume", "num_devices", "distributed", *LOG_FLAGS)
+DEVICE_FLAGS = ("num_devices", "distributed", "coordinator", "num_processes", "process_id")
+RESUME_FLAGS = ("resume", *DEVICE_FLAGS, *LOG_FLAGS)
 EVALUATE_FLAGS = ("evaluate", "eval_episodes", "temperature", "export_onnx", "export_npz", "seed", "impl", *LOG_FLAGS)
 
 
@@ -858,7 +865,7 @@ def ppo_update(learner: Learner, state: TrainState, rollout: Rollout) -> tuple[T
             factor = jnp.where(kl > 2 * args.desired_kl, 1 / 1.5, jnp.where(kl < args.desired_kl / 2, 1.5, 1.0))
             learning_rate = (learning_rate * factor).clip(1e-5, 1e-2)
         params = jax.tree.map(lambda p, d: p - learning_rate * d, params, direction)  # line 24
-        return (params, opt_state, learning_rate), {**metrics, "losses/grad_norm": optax.global_norm(gradient)}
+        return (params, opt_state, learning_rate), {**metrics, "losses/grad_norm": optax.tree.norm(gradient)}
 
     carry = (state.params, state.opt_state, state.learning_rate)
     (params, opt_state, learning_rate), metrics = jax.lax.scan(epoch, carry, jnp.stack(epoch_keys))
@@ -1247,8 +1254,8 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
         BadInput: with nothing left behind.
         NonFinite: where losses or parameters stop being numbers; the last good checkpoint is kept.
     """
-    if args.distributed:
-        jax.distributed.initialize()
+    if args.distributed:  # before anything else of JAX
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     is_main = jax.process_index() == 0
     checkpoint = None
     if args.resume and (Path(args.resume) / "checkpoint").exists():
@@ -1261,8 +1268,9 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     run_dir = None
     try:
         run_dir = open_run(args, policy_class, checkpoint)
-        writer = open_logs(args, run_dir, new=not args.resume) if is_main else None
-        metrics = train_loop(args, policy_class, envs, run_dir, checkpoint, writer, stop)
+        if is_main and args.track:
+            open_wandb(args, run_dir)
+        metrics = train_loop(args, policy_class, envs, run_dir, checkpoint, stop)
     except BadInput:
         if is_main and run_dir and not args.resume:  # Weights & Biases refuses only once there is a folder
             shutil.rmtree(run_dir)
@@ -1340,6 +1348,25 @@ def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     return shardings.replace(env_state=by_env, discounted_return=spread)
 
 
+def describe_state(learner: Learner, mesh: jax.sharding.Mesh) -> tuple[TrainState, TrainState]:
+    """Shapes and shardings of a state, without computing one."""
+    template = jax.eval_shape(functools.partial(init_state, learner, learner.args.seed))
+    return template, state_shardings(template, mesh)
+
+
+def compile_iteration(learner: Learner, mesh: jax.sharding.Mesh) -> Callable:
+    """`train_iteration`, compiled for the devices of `mesh`. Its argument's memory is used again for its result."""
+    template, shardings = describe_state(learner, mesh)
+    iterate = jax.jit(
+        functools.partial(train_iteration, learner),
+        in_shardings=(shardings,),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+    with jax.set_mesh(mesh):
+        return iterate.lower(template).compile()
+
+
 class RecentReturn:
     """Mean return of about the last hundred episodes, from the means and counts of iterations."""
 
@@ -1357,32 +1384,24 @@ class RecentReturn:
         return sum(count * mean for count, mean in self.recent) / total if total else float("nan")
 
 
-def train_loop(args: Args, policy_class, envs, run_dir: Path, checkpoint: Optional[dict], writer, stop) -> dict:
+def train_loop(args: Args, policy_class, envs, run_dir: Path, checkpoint: Optional[dict], stop: StopSignal) -> dict:
     """Algorithm 1's outer loop, with everything around it. Called by `train`."""
     is_main = jax.process_index() == 0
     learner, mesh = make_learner(args, policy_class, envs), make_mesh(args)
     start_time = time.time()
     if is_main:
         print(f"Compiling for {mesh.size} x {jax.devices()[0].device_kind}, physics {args.impl}.", flush=True)
-    with jax.set_mesh(mesh):
-        initialize = functools.partial(init_state, learner, args.seed)
-        template = jax.eval_shape(initialize)
-        shardings = state_shardings(template, mesh)
-        if checkpoint:
-            state = restore(run_dir, "state", template, shardings)
-        else:
-            state = jax.jit(initialize, out_shardings=shardings)()
-        iterate = jax.jit(
-            functools.partial(train_iteration, learner),
-            in_shardings=(shardings,),
-            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-            donate_argnums=0,
-        )
-        iterate = iterate.lower(state).compile()
+    template, shardings = describe_state(learner, mesh)
+    iterate = compile_iteration(learner, mesh)
+    if checkpoint:
+        state = restore(run_dir, "state", template, shardings)
+    else:
+        state = jax.jit(functools.partial(init_state, learner, args.seed), out_shardings=shardings)()
     if is_main:
         print(f"Compiled in {time.time() - start_time:.0f} s.", flush=True)
 
     iteration, global_step = (checkpoint["iteration"], checkpoint["global_step"]) if checkpoint else (0, 0)
+    writer = open_writer(args, run_dir, iteration) if is_main else None
     recent = RecentReturn(checkpoint["recent_returns"] if checkpoint else [])
     progress = Progress(args.num_iterations * args.batch_size, global_step, enabled=is_main)
     saved_iteration, metrics, sps, stop_signal = iteration, {}, 0, 0
@@ -1414,7 +1433,7 @@ def train_loop(args: Args, policy_class, envs, run_dir: Path, checkpoint: Option
                 stop_signal = int(multihost_utils.process_allgather(np.int32(stop_signal)).max())
             if (iteration - 1) % args.checkpoint_interval == 0 or iteration == args.num_iterations or stop_signal:
                 if is_main:
-                    writer.flush()
+                    writer.close()
                 meta = {
                     "policy_class": policy_class.__name__,
                     "args": dataclasses.asdict(args),
@@ -1425,6 +1444,8 @@ def train_loop(args: Args, policy_class, envs, run_dir: Path, checkpoint: Option
                 }
                 save_checkpoint(manager, iteration, state, meta)
                 saved_iteration = iteration
+                if is_main:
+                    writer = open_writer(args, run_dir, iteration)
     except NonFinite as error:
         culprit = (
             "--scale-fn none usually causes this: nothing bounds exp(s); the default, tanh, does"
@@ -1456,29 +1477,33 @@ def train_loop(args: Args, policy_class, envs, run_dir: Path, checkpoint: Option
     }
 
 
-def open_logs(args: Args, run_dir: Path, new: bool) -> SummaryWriter:
-    """TensorBoard's writer, mirrored to Weights & Biases with --track."""
-    if args.track:
-        try:
-            import wandb
-        except ImportError as error:
-            raise BadInput(f"--track needs `pip install wandb`: {error}") from error
-        try:
-            wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                id=run_dir.name,
-                name=run_dir.name,
-                resume="allow",
-                sync_tensorboard=True,
-                config=dataclasses.asdict(args),
-                dir=str(run_dir),
-            )
-        except wandb.Error as error:
-            reason = " ".join(str(error).split())
-            raise BadInput(f"--track cannot log in: {reason}; WANDB_MODE=offline needs no account") from error
-    writer = SummaryWriter(str(run_dir))
-    if new:
+def open_wandb(args: Args, run_dir: Path) -> None:
+    """Mirror TensorBoard's events to Weights & Biases."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise BadInput(f"--track needs `pip install wandb`: {error}") from error
+    try:
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            id=run_dir.name,
+            name=run_dir.name,
+            resume="allow",
+            sync_tensorboard=True,
+            config=dataclasses.asdict(args),
+            dir=str(run_dir),
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"--track cannot log in: {reason}; WANDB_MODE=offline needs no account") from error
+
+
+def open_writer(args: Args, run_dir: Path, iteration: int) -> SummaryWriter:
+    """TensorBoard's writer for what comes after a checkpoint. Only a closed file is sure to hold all that was logged, so
+    that each checkpoint ends one."""
+    writer = SummaryWriter(str(run_dir), filename_suffix=f".{iteration}")
+    if iteration == 0:
         rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
     return writer

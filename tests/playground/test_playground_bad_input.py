@@ -1,0 +1,111 @@
+"""Promise: bad input gets one line naming the flag, what was given and what is allowed, and leaves nothing behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from conftest import SMALL
+from mujoco_playground import registry
+
+import nfpo_playground_jax as nfpo
+from benchmarks.baselines.ppo_playground_jax import GaussianPolicy
+
+LANE = ["--env-id", "tests.playground.envs:Lane"]
+
+
+def assert_one_line(ended, *words) -> None:
+    """Status 2, one line on stderr with all these words."""
+    status, _, err = ended
+    lines = err.strip().splitlines()
+    assert status == 2 and len(lines) == 1, ended
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--env-id CartpoleBalanc", ["--env-id", "CartpoleBalanc,", "CartpoleBalance"]),
+        ("--env-id no_such_module:Env", ["--env-id", "no_such_module"]),
+        ("--env-id tests.playground.envs:Images", ["--env-id", "Images", "image"]),
+        ("--impl warp", ["--impl", "warp", "jax"]),
+        ("--num-minibatches 3", ["--num-minibatches", "3", "32"]),
+        ("--num-minibatches 32", ["--num-minibatches", "32", "16"]),
+        ("--total-timesteps 31", ["--total-timesteps", "31", "32"]),
+        ("--num-envs 0", ["--num-envs", "0", "at least 1"]),
+        ("--num-devices 3", ["--num-devices", "3", "2"]),
+        ("--num-envs 5 --num-minibatches 1 --num-devices 2", ["--num-devices", "2", "num_envs", "5"]),
+        ("--critic-hidden-dims 0", ["--critic-hidden-dims", "0", "at least 1"]),
+        ("--scale-bound nan", ["--scale-bound", "nan", "above 0"]),
+        ("--gamma 1.1", ["--gamma", "1.1", "between 0 and 1"]),
+        ("--desired-kl 0", ["--desired-kl", "0", "above 0"]),
+        ("--desired-kl 0.01 --anneal-lr", ["--desired-kl", "--anneal-lr"]),
+        ("--config-overrides [1]", ["--config-overrides", "[1]", "JSON object"]),
+        ("--config-overrides {", ["--config-overrides", "{", "JSON object"]),
+        ('--config-overrides {"no_such_key":1}', ["--env-id", "no_such_key"]),
+        ("--domain-randomization", ["--domain-randomization", "Lane"]),
+        ("--export-onnx a.onnx", ["--export-onnx", "--evaluate"]),
+        ("--export-npz a.npz", ["--export-npz", "--evaluate"]),
+        ("--resume nowhere", ["--resume", "nowhere"]),
+        ("--evaluate nowhere", ["--evaluate", "nowhere"]),
+        ("--resume nowhere --evaluate nowhere", ["--resume", "--evaluate", "one of them"]),
+    ],
+)
+def test_flags(flags, words, cli, tmp_path):
+    """Each wrong flag is named with its value and what is allowed, before anything is written."""
+    assert_one_line(cli(*SMALL, *LANE, *flags.split()), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_runs_dir(cli, tmp_path):
+    """An output folder that cannot be made is named, here one below a regular file."""
+    (tmp_path / "file").write_text("")
+    assert_one_line(cli(*SMALL, *LANE, "--runs-dir", "file/runs"), "--runs-dir", "file/runs")
+
+
+def test_twin_has_no_flow_flags(cli):
+    """A flow's flag given to the Gaussian twin is an error, not silently ignored."""
+    flags = [*LANE, "--num-envs", 4, "--scale-bound", 0.3]
+    assert_one_line(cli(*flags, policy_class=GaussianPolicy), "--scale-bound", "0.3", "GaussianPolicy")
+
+
+def test_missing_meshes_are_one_line(cli, monkeypatch):
+    """Where the robots' meshes cannot be cloned, whoever asked for a robot gets one line."""
+
+    def clone(*_, **__):
+        raise FileNotFoundError("no network here")
+
+    monkeypatch.setattr(registry.locomotion.mjx_env, "ensure_menagerie_exists", clone)
+    assert_one_line(cli("--env-id", "Go1JoystickFlatTerrain"), "--env-id", "Go1Joystick", "no network here")
+
+
+def test_runs_of_others(cli, lane_run, tmp_path):
+    """Another policy's run, a damaged one and a contradicting flag are named."""
+    for flag in ("--resume", "--evaluate"):
+        assert_one_line(cli(flag, lane_run, policy_class=GaussianPolicy), flag, "FlowPolicy", "GaussianPolicy")
+        assert_one_line(cli(flag, lane_run, "--gamma", 0.5), "--gamma", "0.5", "0.99")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(lane_run, damaged)
+    for file in damaged.glob("checkpoint/*/meta/metadata"):
+        file.write_text("{")
+    assert_one_line(cli("--evaluate", damaged), "--evaluate", damaged, "incomplete")
+    (damaged / "args.json").write_text(json.dumps({"policy_class": "FlowPolicy", "no_such_argument": 1}))
+    assert_one_line(cli("--resume", damaged), "--resume", "no_such_argument")
+
+
+def test_numbers_that_break_stop_the_run(cli, monkeypatch, tmp_path):
+    """A loss that is no number stops training with status 3, and the checkpoint before it stays."""
+    right_loss = nfpo.minibatch_loss
+
+    def loss(params, learner, minibatch, key):
+        value, metrics = right_loss(params, learner, minibatch, key)
+        late = params["critic"]["Dense_1"]["bias"][0] != 0  # after the first step
+        return value * jnp.where(late, jnp.nan, 1.0), metrics
+
+    monkeypatch.setattr(nfpo, "minibatch_loss", loss)
+    status, _, err = cli(*SMALL, *LANE, "--total-timesteps", 320, "--update-epochs", 1, "--num-minibatches", 1)
+    assert status == 3 and "not finite" in err and "--learning-rate" in err and "iteration 1 is kept" in err
+    (run_dir,) = Path(tmp_path, "runs").iterdir()
+    assert nfpo.load_checkpoint(run_dir)["iteration"] == 1

@@ -1,0 +1,91 @@
+"""The whole script learns, and a threshold notices the mistakes that cost other scripts their result."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, SCRIPT, small_args
+
+import nfpo_playground_jax as nfpo
+
+# Best possible: 6 in each of 20 steps, 120. Standing still on the lane: 80.
+LANE_RETURN = 105
+
+
+def command(name: str) -> list[str]:
+    """A command of the README, by the environment that it trains on."""
+    text = (ROOT / "README.md").read_text()
+    (found,) = set(re.findall(rf"python nfpo_playground_jax\.py (--env-id {name} .*)", text))
+    return found.split()
+
+
+@pytest.mark.parametrize("name, expected, limit", [("CartpoleBalance", 950, 120), ("CartpoleSwingup", 700, None)])
+def test_readme_command_learns(name, expected, limit, tmp_path):
+    """The README's command reaches its return, compilation included, in the time that it promises."""
+    start = time.time()
+    subprocess.run([sys.executable, SCRIPT, *command(name)], cwd=tmp_path, check=True, capture_output=True)
+    seconds = time.time() - start
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    returns = nfpo.evaluate(run_dir)
+    print(f"{name}: {np.mean(returns):.0f} in {seconds:.0f} s")
+    assert np.mean(returns) >= expected
+    assert limit is None or seconds < limit
+
+
+def learn(runs_dir) -> float:
+    """Train on the lane for 61k steps; returns the mean return without noise."""
+    flags = {"num_envs": 32, "num_steps": 32, "num_minibatches": 4, "update_epochs": 8, "learning_rate": 2e-3}
+    flags |= {"hidden_dim": 32, "num_flow_layers": 4, "critic_hidden_dims": (64, 64), "checkpoint_interval": 1000}
+    flags |= {"gamma": 0.95, "gae_lambda": 0.6, "total_timesteps": 61_440, "anneal_lr": True}
+    run_dir = nfpo.train(small_args(runs_dir=str(runs_dir), **flags))["run_dir"]
+    return float(np.mean(nfpo.evaluate(run_dir, eval_episodes=30)))
+
+
+def test_lane_is_learned(tmp_path):
+    """61k steps come near the best possible return."""
+    found = learn(tmp_path)
+    print(f"{found:.1f}")
+    assert found > LANE_RETURN
+
+
+def wrong_log_prob(self, obs, action):
+    z, log_det = self(obs, action)
+    return self.base_log_prob(z) - log_det
+
+
+def mortal_compute_gae(rewards, values, next_values, terminated, done, *factors, right=nfpo.compute_gae):
+    return right(rewards, values, next_values, done, done, *factors)
+
+
+def forgetful_compute_gae(rewards, values, next_values, terminated, done, *factors, right=nfpo.compute_gae):
+    following = jnp.concatenate((values[1:], next_values[-1:]))  # the next row's, of another episode after an end
+    return right(rewards, values, following, terminated, done, *factors)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        (nfpo.FlowPolicy, "log_prob", wrong_log_prob),
+        (nfpo, "compute_gae", mortal_compute_gae),
+        (nfpo, "compute_gae", forgetful_compute_gae),
+        (nfpo, "normalize_obs", lambda stats, obs: obs),
+    ],
+    ids=["sign of the log-det", "time limit as termination", "next episode's value", "no statistics"],
+)
+def test_threshold_notices(mistake, tmp_path, monkeypatch):
+    """A wrong sign, time limits as deaths, the next episode's value, blindness: each stays below the threshold."""
+    monkeypatch.setattr(*mistake)
+    found = learn(tmp_path)
+    print(f"{found:.1f}")
+    assert found < LANE_RETURN
+
+
+def test_runs_folder_is_what_the_readme_says(lane_run):
+    """Events, arguments and checkpoint are where tools look for them."""
+    assert {path.name.split(".")[0] for path in Path(lane_run).iterdir()} == {"args", "checkpoint", "events"}
+    assert lane_run.name.startswith("tests.playground.envs-Lane__nfpo_playground_jax__1__")

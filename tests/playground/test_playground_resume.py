@@ -1,0 +1,166 @@
+"""Promise: a run that is killed and resumed ends as one that never was, bit for bit; and it may be spread anew."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, SCRIPT, SMALL, small_args
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import nfpo_playground_jax as nfpo
+
+FLAGS = [*SMALL, "--env-id", "tests.playground.envs:Diary", "--total-timesteps", 32 * 400, "--checkpoint-interval", 7]
+
+
+def start(*flags, cwd, xla_flags="--xla_backend_optimization_level=0", **variables):
+    """Start the script as a user does."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags, **variables}
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=variables, **pipes)
+
+
+def finish(process, status=0):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == status, out[-3000:]
+    return out
+
+
+def run_folder(folder: Path) -> Path:
+    (found,) = (folder / "runs").glob("[!.]*")
+    return found
+
+
+def saved(run_dir) -> list[np.ndarray]:
+    """Every array of a run's last checkpoint."""
+    args = nfpo.from_json(nfpo.load_checkpoint(run_dir)["args"])
+    learner = nfpo.make_learner(args, nfpo.FlowPolicy, nfpo.make_envs(args))
+    state = nfpo.restore(run_dir, "state", *nfpo.describe_state(learner, nfpo.make_mesh(small_args())))
+    return [np.asarray(x) for x in jax.tree.leaves(state)]
+
+
+def scalars(run_dir: Path) -> dict:
+    """Every scalar in all event files of a run: {name: sorted [(step, value)]}."""
+    points = {}
+    for file in run_dir.glob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
+        for name in events.Tags()["scalars"]:
+            points.setdefault(name, []).extend((event.step, event.value) for event in events.Scalars(name))
+    return {name: sorted(values) for name, values in points.items()}
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("never_killed")
+    finish(start(*FLAGS, cwd=folder))
+    return run_folder(folder)
+
+
+def wait_for(condition, process):
+    deadline = time.time() + 240
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_resumed_is_the_same_run(number, never_killed, tmp_path):
+    """Networks, optimizer, statistics, simulator and random state are equal to the last bit; scalars appear once."""
+    process = start(*FLAGS, cwd=tmp_path)
+
+    def has_checkpoints():
+        found = list((tmp_path / "runs").glob("*/checkpoint/[0-9]*"))
+        return any(int(path.name) > 20 for path in found if path.name.isdigit())
+
+    wait_for(has_checkpoints, process)
+    process.send_signal(number)
+    out = finish(process, -9 if number == signal.SIGKILL else 128 + number)
+    if number == signal.SIGTERM:
+        assert "Stopped by SIGTERM and saved" in out and "--resume" in out
+    run_dir = run_folder(tmp_path)
+    assert nfpo.load_checkpoint(run_dir)["iteration"] < 400, "it was done before it was killed"
+    finish(start("--resume", run_dir, cwd=tmp_path))
+    ours, theirs = saved(run_dir), saved(never_killed)
+    assert len(ours) == len(theirs) > 20
+    for a, b in zip(ours, theirs):
+        np.testing.assert_array_equal(a, b)
+    ours, theirs = scalars(run_dir), scalars(never_killed)
+    assert len(theirs["losses/value_loss"]) == 400
+    for name in theirs:
+        assert name == "charts/SPS" or ours[name] == theirs[name], name
+
+
+def test_killed_before_the_first_checkpoint(tmp_path):
+    """A run folder with nothing but its arguments is resumed from the start."""
+    process = start(*FLAGS, cwd=tmp_path)
+    wait_for(lambda: list((tmp_path / "runs").glob("[!.]*/args.json")), process)
+    process.kill()
+    process.communicate()
+    run_dir = run_folder(tmp_path)
+    assert not list(run_dir.glob("checkpoint/[0-9]*"))
+    finish(start("--resume", run_dir, cwd=tmp_path))
+    assert nfpo.load_checkpoint(run_dir)["iteration"] == 400
+
+
+PARALLEL = {"num_envs": 8, "num_steps": 16, "total_timesteps": 256, "checkpoint_interval": 1}
+PARALLEL_FLAGS = "--num-envs 8 --num-steps 16 --total-timesteps 256 --checkpoint-interval 1".split()
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one_device")
+    return Path(nfpo.train(small_args(runs_dir=str(folder), **PARALLEL))["run_dir"])
+
+
+def assert_close(run_dir, expected) -> None:
+    ours, theirs = saved(run_dir), saved(expected)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_two_devices_are_as_one(one_device, tmp_path):
+    """Two virtual devices give one device's result up to rounding, each holds half of the environments, and its
+    state may be read by one."""
+    assert jax.device_count() == 2
+    args = small_args(runs_dir=str(tmp_path), num_devices=2, **PARALLEL)
+    run_dir = nfpo.train(args)["run_dir"]
+    assert_close(run_dir, one_device)
+    learner, mesh = nfpo.make_learner(args, nfpo.FlowPolicy, nfpo.make_envs(args)), nfpo.make_mesh(args)
+    state = nfpo.restore(run_dir, "state", *nfpo.describe_state(learner, mesh))
+    assert {x.data.shape for x in state.env_state.data.addressable_shards} == {(4, 3)}
+    assert {x.device for x in state.env_state.data.addressable_shards} == set(jax.devices())
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))
+
+
+def test_two_devices_share_the_work():
+    """The compiled iteration computes half of the environments and half of each minibatch on each of two devices."""
+    flops = []
+    for num_devices in (1, 2):
+        args = small_args(num_devices=num_devices, num_envs=64, hidden_dim=64, critic_hidden_dims=(64, 64))
+        learner, mesh = nfpo.make_learner(args, nfpo.FlowPolicy, nfpo.make_envs(args)), nfpo.make_mesh(args)
+        flops.append(nfpo.compile_iteration(learner, mesh).cost_analysis()["flops"])
+    assert flops[1] < 0.6 * flops[0]
+
+
+def test_two_processes_are_as_one(one_device, tmp_path):
+    """Two processes that find each other through jax.distributed give one process's result up to rounding."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        flags = [*SMALL, "--env-id", "tests.playground.envs:Lane", *PARALLEL_FLAGS, "--distributed"]
+        flags += ["--coordinator", f"localhost:{port}", "--num-processes", 2, "--process-id", rank]
+        processes.append(start(*flags, cwd=tmp_path))
+    outs = [finish(process) for process in processes]
+    assert "Last" in outs[0] and "Last" not in outs[1]
+    assert_close(run_folder(tmp_path), one_device)
