@@ -1500,8 +1500,8 @@ def open_wandb(args: Args, run_dir: Path) -> None:
 
 
 def open_writer(args: Args, run_dir: Path, iteration: int) -> SummaryWriter:
-    """TensorBoard's writer for what comes after a checkpoint. Only a closed file is sure to hold all that was logged, so
-    that each checkpoint ends one."""
+    """TensorBoard's writer for what comes after a checkpoint. Only a closed file is sure to hold all that was logged:
+    that is why each checkpoint ends one."""
     writer = SummaryWriter(str(run_dir), filename_suffix=f".{iteration}")
     if iteration == 0:
         rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())

@@ -12,3 +12,10 @@ def gymnasium(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("pytest", "--durations=10", *session.posargs)
+
+
+@nox.session(python="3.11")
+def playground(session: nox.Session) -> None:
+    """nfpo_playground_jax.py, beside the PyTorch script that it is compared with."""
+    session.install("-r", "requirements.txt", "-r", "requirements/playground.txt", "-r", "requirements/dev.txt")
+    session.run("pytest", "--durations=10", "tests/playground", *session.posargs)

@@ -1,19 +1,25 @@
 """What the tests of `nfpo_playground_jax.py` share. They run in an environment of their own (see noxfile.py), together
 with the PyTorch script's packages, since both are compared."""
 
+import atexit
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
+
+import pytest
 
 # Two devices on any machine, and programs that compile sooner and run slower. Read when JAX starts.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 )
-
-import pytest
+# The tests train the same few programs again and again.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="nfpo-jax-"))
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 if importlib.util.find_spec("mujoco_playground") is None:
     collect_ignore_glob = ["*"]  # nox passes them in the session `playground`

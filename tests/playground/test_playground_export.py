@@ -38,7 +38,7 @@ def deployed_policy(action_dim, **flags):
     ],
 )
 def test_exported_policies_are_the_policy(action_dim, flags, tmp_path):
-    """The ONNX file, and the NumPy file in a process without JAX, act as the policy on raw observations, far out too."""
+    """The ONNX file, and the NumPy file in a process without JAX, act as the policy does on raw observations."""
     deployed = deployed_policy(action_dim, **flags)
     obs = np.random.default_rng(0).normal(10, 30, (200, 4)).astype(np.float32)
     expected = np.asarray(deployed(jnp.asarray(obs)))
