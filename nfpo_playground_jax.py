@@ -996,14 +996,14 @@ def evaluate(
         seed: of the environments and the noise; the same seed gives the same returns.
         capture_video: film every episode into the run's folder `videos`.
         export_onnx, export_npz: files to write the deterministic policy to.
-        impl: implementation of the physics, by default as in training.
+        impl: implementation of the physics, by default the fastest that works here, be it another than in training.
 
     Raises:
         BadInput: for a checkpoint that is missing, incomplete or of another policy.
     """
     meta = load_checkpoint(checkpoint, policy_class)
     args = from_json(meta["args"])
-    env = make_env(dataclasses.replace(args, impl=impl or args.impl))
+    env = make_env(dataclasses.replace(args, impl=impl))
     config = env_config(args)
     num_steps, repeat = config.episode_length, config.get("action_repeat", 1)
     deployed = restore_policy(checkpoint, policy_class, args, env)
@@ -1552,8 +1552,8 @@ def parse_args(
             raise BadInput(f"--resume is {path}, which holds no run (no readable args.json)") from error
         if found != policy_class.__name__:
             raise BadInput(f"--resume is {path}, a run of {found}; this script trains {policy_class.__name__}")
-    else:  # whether training was filmed says nothing
-        saved = {**load_checkpoint(path, policy_class)["args"], "capture_video": False}
+    else:  # whether training was filmed, and on which physics, says nothing
+        saved = {**load_checkpoint(path, policy_class)["args"], "capture_video": False, "impl": None}
     try:
         saved = from_json(saved)
     except TypeError as error:

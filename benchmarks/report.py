@@ -461,10 +461,11 @@ def summary_s1(results: Results) -> list[list[str]]:
 def summary_ablations(results: Results) -> list[list[str]]:
     """Figures 2, 3, 4 and S2."""
     rows = []
-    broke, grown = [], []
+    broke, grown, seeds = [], [], []
     for env_id in ABLATION:
         runs = results.runs[select(results.runs, env_id, "scale-none", STEPS_ABLATION)]
         broke += list(runs.status == "broke")
+        seeds.append(len(runs))
         curves = {v: results.curve(env_id, v, STEPS_ABLATION, "log_det") for v in ("scale-none", "NFPO")}
         if all(curves.values()):
             ends = [f"{np.median(values[:, -1]):.1f}" for _, values in curves.values()]
@@ -472,9 +473,10 @@ def summary_ablations(results: Results) -> list[list[str]]:
     found = "; ".join(
         [f"{sum(broke)} of {len(broke)} runs broke", *(f"log-determinant at the end: {x}" for x in grown)]
     )
-    verdict = "reproduced" if any(broke) else "**not reproduced** in 500k steps: nothing breaks"
+    unbroken = "**not reproduced** in 500k steps: nothing breaks" if min(seeds) >= 3 else "open"
+    verdict = "reproduced" if any(broke) else unbroken
     claim = "without a bound the determinant grows until numbers break"
-    rows.append([claim, "Fig. 2", found if broke else "no runs yet", verdict if broke else "open"])
+    rows.append([claim, "Fig. 2", found if broke else "no runs yet", verdict])
     for text, figure, ours, theirs, env_ids, expected in (
         ("without scales (`zero`) the policy underfits", "Fig. 2", "NFPO", "scale-zero", ABLATION, "above"),
         ("entropy bonus 0.01 does not help", "Fig. 4", "entropy-0.01", "NFPO", ABLATION, "not above"),
