@@ -36,20 +36,9 @@ PARTS = 10  # equal ones of a run; Brax and the bare environment tell the time a
 WARM_UP = 2  # of these parts
 NAMES = {"nfpo": "NFPO", "ppo": "Gaussian twin", "brax": "Brax's PPO", "bare": "the environment alone"}
 
-# The newest JAX on which Brax 0.14.2 runs, and beside it what `pip install playground` takes today.
-BRAX_PINS = (
-    "jax==0.8.3",
-    "jaxlib==0.8.3",
-    "brax==0.14.2",
-    "playground==0.2.0",
-    "mujoco==4.0.0",
-    "mujoco-mjx==3.17.0",
-    "warp-lang==1.19.0",
-    "flax==0.12.6",
-    "optax==0.2.8",
-    "orbax-checkpoint==0.12.8",
-    "numpy==2.4.6",
-)
+# What Brax gets beside a JAX it runs on (--brax-jax). Warp is the version that mujoco-mjx asks for.
+BRAX_PINS = """brax==0.14.2 playground==0.2.0 mujoco==4.0.0 mujoco-mjx==3.17.0 warp-lang==1.18.0
+               flax==0.12.6 optax==0.2.8 orbax-checkpoint==0.12.8 numpy==2.4.6""".split()
 PACKAGES = ("jax", "brax", "playground", "mujoco", "mujoco-mjx", "warp-lang")
 
 
@@ -71,6 +60,8 @@ class SpeedArgs:
     """interpreter that has Brax and a JAX it runs on; by default one is made in --brax-folder"""
     brax_folder: Path = Path("~/.cache/nfpo/brax")
     """where the virtual environment for Brax is made on first use"""
+    brax_jax: str = "0.8.3"
+    """JAX in that environment; 0.9.2 is the last on which Brax 0.14.2 runs"""
     csv: Path = ROOT / "benchmarks" / "results" / "speed_playground.csv"
     """file for the measurements, written anew"""
     worker: bool = False
@@ -114,7 +105,8 @@ def brax_python(args: SpeedArgs) -> str:
         return str(args.brax_python.absolute())
     folder = args.brax_folder.expanduser().absolute()
     python, stamp = str(folder / "bin" / "python"), folder / "pins.txt"
-    pins = [pin.replace("jax==", "jax[cuda12]==") if shutil.which("nvidia-smi") else pin for pin in BRAX_PINS]
+    jax = "jax[cuda12]" if shutil.which("nvidia-smi") else "jax"
+    pins = [f"{jax}=={args.brax_jax}", f"jaxlib=={args.brax_jax}", *BRAX_PINS]
     if not (stamp.exists() and stamp.read_text().split() == pins):
         print(f"Making the virtual environment for Brax in {args.brax_folder}: once, some minutes.", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
@@ -208,6 +200,7 @@ def measure(contender: str, args: SpeedArgs, python: str) -> dict:
 
 
 def versions(python: str) -> dict[str, str]:
+    """Those of PACKAGES that an interpreter has."""
     code = "import importlib.metadata as m, json, sys; print(json.dumps({x: m.version(x) for x in sys.argv[1:]}))"
     found = subprocess.run([python, "-c", code, *PACKAGES], check=True, capture_output=True, text=True)
     return json.loads(found.stdout)
@@ -286,8 +279,9 @@ def main() -> None:
                 writer.writeheader()
                 writer.writerows(rows)
 
-    print(f"\n{args.env_id}, {args.num_envs} environments, {args.steps:,} steps a run; median of {args.repeats} rounds")
-    print(f"{machine}; physics {', '.join(sorted({row['physics'] for row in rows}))}\n")
+    jax_versions = ", ".join(f"{NAMES[name]} {found['jax']}" for name, found in installed.items())
+    print(f"\n{args.env_id}, {args.num_envs} environments, {args.steps:,} steps a run, median of {args.repeats} rounds")
+    print(f"{machine}; physics {', '.join(sorted({row['physics'] for row in rows}))}; JAX: {jax_versions}\n")
     print(table(rows, args.contenders))
 
 

@@ -1,8 +1,8 @@
 """Brax's PPO on MuJoCo Playground, timed: the contender of benchmarks/speed_playground.py, which calls this script.
 
 Run:     python benchmarks/baselines/brax_ppo.py --env-id CartpoleBalance --num-envs 256 --iterations 160
-Needs:   an environment of its own, with the versions in BRAX_PINS of benchmarks/speed_playground.py: Brax 0.14.2 calls
-         jax.device_put_replicated, which newer JAX no longer has
+Needs:   a virtual environment with the versions in BRAX_PINS of benchmarks/speed_playground.py, for Brax 0.14.2 calls
+         jax.device_put_replicated, which JAX has no more since 0.10
 
 Networks, environments, steps and the settings that cost time are those of `ppo_playground_jax.py`. Brax's own are the
 squashed Gaussian, whose deviation depends on the observation, the loss, and advantages made anew for every minibatch.
@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--env-id", default="CartpoleBalance")
     parser.add_argument("--num-envs", type=int, default=256, help="a multiple of 4, the number of minibatches")
-    parser.add_argument("--iterations", type=int, default=160, help="training steps, a multiple of 10")
+    parser.add_argument("--iterations", type=int, default=160, help="Brax's training steps, a multiple of 10")
     parser.add_argument("--impl", help="physics: jax or warp; by default warp on an NVIDIA GPU and jax elsewhere")
     args = parser.parse_args()
     if args.num_envs % NUM_MINIBATCHES or args.iterations % EPOCHS:

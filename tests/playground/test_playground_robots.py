@@ -11,7 +11,7 @@ import nfpo_playground_jax as nfpo
 
 @pytest.mark.parametrize(
     "env_id, domain_randomization, sizes",
-    [("Go1JoystickFlatTerrain", True, (48, 123, 12)), ("G1JoystickRoughTerrain", False, (103, 165, 29))],
+    [("Go1JoystickFlatTerrain", True, (48, 123, 12)), ("G1JoystickRoughTerrain", False, (103, 216, 29))],
 )
 def test_two_iterations(env_id, domain_randomization, sizes, menagerie, tmp_path):
     """The real task takes two iterations: the policy sees `state`, the critic `privileged_state`."""
