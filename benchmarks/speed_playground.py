@@ -153,18 +153,18 @@ def run_to_end(arguments: list[str], folder: str) -> tuple[str, float, float, fl
 
 
 def logged_marks(run_dir: Path) -> list[tuple[int, float]]:
-    """(global step, unix time) after each iteration of a run, from its TensorBoard file."""
+    """(global step, unix time) after each iteration of a run, from its TensorBoard files."""
     from tensorboardX.proto.event_pb2 import Event
 
-    (path,) = run_dir.glob("events.out.tfevents.*")
     marks = []
-    with path.open("rb") as file:
-        while header := file.read(12):  # length, its checksum, then the event and its checksum
-            event = Event.FromString(file.read(struct.unpack("<Q", header[:8])[0]))
-            file.read(4)
-            if any(value.tag == "charts/SPS" for value in event.summary.value):
-                marks.append((event.step, event.wall_time))
-    return marks
+    for path in run_dir.glob("events.out.tfevents.*"):
+        with path.open("rb") as file:
+            while header := file.read(12):  # length, its checksum, then the event and its checksum
+                event = Event.FromString(file.read(struct.unpack("<Q", header[:8])[0]))
+                file.read(4)
+                if any(value.tag == "charts/SPS" for value in event.summary.value):
+                    marks.append((event.step, event.wall_time))
+    return sorted(marks)
 
 
 def measure(contender: str, args: SpeedArgs, python: str) -> dict:
@@ -236,9 +236,9 @@ def table(rows: list[dict], contenders: tuple[str, ...]) -> str:
         cells = {
             "contender": NAMES[name],
             "steps/s after compilation": f"{steps_per_second:,.0f}",
-            "x Brax": f"{speed:.2f}",
+            "x Brax": "-" if math.isnan(speed) else f"{speed:.2f}",
             "whole run, s": f"{seconds:.1f}",
-            "x twin": f"{wall:.2f}",
+            "x twin": "-" if math.isnan(wall) else f"{wall:.2f}",
             "first iteration, s": f"{first:.1f}",
             "peak memory, MiB": f"{memory:,.0f}",
         }
@@ -248,7 +248,7 @@ def table(rows: list[dict], contenders: tuple[str, ...]) -> str:
                 ("x twin", "≤ 1.15", wall <= 1.15),
                 ("first iteration, s", "< 60", first < 60),
             ):
-                verdict = "open" if cells[column] == "nan" else "met" if met else "**missed**"
+                verdict = "open" if cells[column] == "-" else "met" if met else "**missed**"
                 cells[column] += f" (target {target}: {verdict})"
         lines = lines or [list(cells), ["-"] * len(cells)]
         lines.append(cells.values())

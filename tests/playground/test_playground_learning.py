@@ -23,10 +23,10 @@ def command(name: str) -> list[str]:
     return found.split()
 
 
-# A policy that does nothing: 500 or less, 0 and 5. Two minutes are for a machine of one's own.
+# Untrained policies: 460, 12 and 9. Two minutes are for a machine of one's own.
 @pytest.mark.parametrize(
     "name, expected, limit",
-    [("CartpoleBalance", 950, 120), ("CartpoleSwingup", 700, None), ("AcrobotSwingup", 15, None)],
+    [("CartpoleBalance", 950, 120), ("CartpoleSwingup", 700, None), ("AcrobotSwingup", 25, None)],
 )
 def test_readme_command_learns(name, expected, limit, tmp_path):
     """The README's command reaches its return, compilation included, in the time that it promises."""
@@ -34,7 +34,7 @@ def test_readme_command_learns(name, expected, limit, tmp_path):
     subprocess.run([sys.executable, SCRIPT, *command(name)], cwd=tmp_path, check=True, capture_output=True)
     seconds = time.time() - start
     (run_dir,) = (tmp_path / "runs").iterdir()
-    returns = nfpo.evaluate(run_dir)
+    returns = nfpo.evaluate(run_dir, eval_episodes=100)
     print(f"{name}: {np.mean(returns):.0f} in {seconds:.0f} s")
     assert np.mean(returns) >= expected
     assert limit is None or seconds < limit
