@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import struct
 import subprocess
@@ -144,7 +145,7 @@ def run_to_end(arguments: list[str], folder: str) -> tuple[str, float, float, fl
             seconds = time.time() - start
             process.returncode = os.waitstatus_to_exitcode(status)
         finally:
-            process.kill()  # after Ctrl-C; nothing happens to a process that has ended
+            process.kill()  # after Ctrl-C or SIGTERM; nothing happens to a process that has ended
             process.wait()
     if process.returncode:
         print(log.read_text()[-2000:], errors.read_text()[-4000:], file=sys.stderr)
@@ -264,6 +265,7 @@ def main() -> None:
     pythons = {name: brax_python(args) if name == "brax" else sys.executable for name in args.contenders}
     installed = {name: versions(python) for name, python in pythons.items()}
     machine, rows = hardware(), []
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which ends the run in progress as well
     for number in range(1, args.repeats + 1):
         for name in args.contenders:
             print(f"round {number}/{args.repeats}  {NAMES[name]:22s}", end="", flush=True)
