@@ -11,7 +11,8 @@ import numpy as np
 import onnxruntime
 import pytest
 from conftest import SMALL, small_args
-from test_playground_resume import scalars
+from moviepy import VideoFileClip
+from test_playground_resume import finish, scalars, start
 
 import nfpo_playground_jax as nfpo
 from benchmarks.baselines.ppo_playground_jax import GaussianPolicy
@@ -144,3 +145,28 @@ def test_episode_terms_are_logged(tmp_path):
     (step, speed), *_ = scalars(run_dir)["episode/speed"]
     assert step == 256 and 0 < speed < 20
     assert scalars(run_dir)["charts/episodic_length"][0][1] == 20
+
+
+def test_film(tmp_path):
+    """--capture-video films an episode after training, in real time; where nothing can be drawn training still ends."""
+    flags = [*SMALL, "--total-timesteps", 32, "--capture-video", "--config-overrides", '{"episode_length": 60}']
+    out = finish(start(*flags, cwd=tmp_path, MUJOCO_GL="egl"))
+    if "cannot draw" in out:
+        assert not list(tmp_path.glob("runs/*/videos"))
+        pytest.skip("no off-screen OpenGL here: `apt-get install libegl1`")
+    (film,) = tmp_path.glob("runs/*/videos/eval-step32-temperature0-episode-0.mp4")
+    with VideoFileClip(str(film)) as clip:
+        assert clip.duration == pytest.approx(0.6, abs=0.1)  # 60 steps of 10 ms
+        first, last = clip.get_frame(0), clip.get_frame(clip.duration - 0.05)
+    assert first.std() > 5 and np.abs(first.astype(float) - last).max() > 50
+
+
+def test_works_without_warp(tmp_path):
+    """Where warp-lang is not installed the physics is MJX in JAX."""
+    program = (
+        "import sys; sys.modules['warp'] = None\n"
+        "import nfpo_playground_jax as nfpo\n"
+        "assert nfpo.choose_impl(None) == 'jax'\n"
+        "assert nfpo.make_env(nfpo.Args()).mjx_model.impl.value == 'jax'\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=Path(nfpo.__file__).parent, check=True)
