@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from conftest import SMALL
 from mujoco_playground import registry
 
 import nfpo_playground_jax as nfpo
 from benchmarks.baselines.ppo_playground_jax import GaussianPolicy
+from playground.conftest import SMALL
 
 LANE = ["--env-id", "tests.playground.envs:Lane"]
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import SMALL, small_args
 from moviepy import VideoFileClip
-from test_playground_resume import finish, scalars, start
 
 import nfpo_playground_jax as nfpo
 from benchmarks.baselines.ppo_playground_jax import GaussianPolicy
+from playground.conftest import SMALL, small_args
+from playground.test_playground_resume import finish, scalars, start
 
 
 def deployed_policy(action_dim, **flags):

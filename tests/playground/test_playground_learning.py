@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPT, small_args
 
 import nfpo_playground_jax as nfpo
+from playground.conftest import ROOT, SCRIPT, small_args
 
 # Best possible: 6 in each of 20 steps, 120. Standing still on the lane: 80.
 LANE_RETURN = 105

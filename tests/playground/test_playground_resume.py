@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPT, SMALL, small_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nfpo_playground_jax as nfpo
+from playground.conftest import ROOT, SCRIPT, SMALL, small_args
 
 FLAGS = [*SMALL, "--env-id", "tests.playground.envs:Diary", "--total-timesteps", 32 * 400, "--checkpoint-interval", 7]
 

@@ -4,9 +4,9 @@ import math
 
 import jax
 import pytest
-from conftest import small_args
 
 import nfpo_playground_jax as nfpo
+from playground.conftest import small_args
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import learner_and_state, small_args
 
 import nfpo_playground_jax as nfpo
+from playground.conftest import learner_and_state, small_args
 
 ENVS, STEPS, LIMIT = 16, 30, 12
 

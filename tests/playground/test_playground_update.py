@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import learner_and_state, small_args
-from test_playground_flow import as_torch
 
 import nfpo_continuous_action as reference
 import nfpo_playground_jax as nfpo
+from playground.conftest import learner_and_state, small_args
+from playground.test_playground_flow import as_torch
 
 
 def collect(learner, state):
@@ -146,6 +146,6 @@ def test_entropy_bonus_widens_and_action_noise_moves_the_actions():
 
 def test_small_args_are_the_small_flags(cli):
     """What `train` gets in these tests is what the command line gets."""
-    from conftest import SMALL
+    from playground.conftest import SMALL
 
     assert nfpo.parse_args([*SMALL, "--env-id", "tests.playground.envs:Lane"]) == small_args()
