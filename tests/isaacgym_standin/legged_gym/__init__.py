@@ -1,0 +1,1 @@
+"""Stand-in for Unitree RL Gym, see ../README.md."""
