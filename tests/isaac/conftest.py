@@ -1,0 +1,100 @@
+"""What the tests of `nfpo_isaacgym.py` share. They run on Python 3.8 and PyTorch 2.4.1, in nox's session `isaacgym`,
+over a stand-in for the simulator (see ../isaacgym_standin/README.md)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STANDIN = ROOT / "tests" / "isaacgym_standin"
+SCRIPT = ROOT / "nfpo_isaacgym.py"
+TWIN = ROOT / "benchmarks" / "baselines" / "ppo_isaacgym.py"
+
+if sys.version_info >= (3, 9):  # noqa: UP036  # the other sessions come by here too
+    collect_ignore_glob = ["*"]
+else:
+    sys.path.insert(0, str(STANDIN))
+    import nfpo_isaacgym as nfpo  # imports the stand-in for Isaac Gym, and only then PyTorch
+
+    nfpo.torch.set_num_threads(1)
+
+# Iterations that take milliseconds.
+SMALL = "--device cpu --no-compile --num-envs 8 --num-steps 6 --num-minibatches 2 --update-epochs 2 --hidden-dim 8"
+
+
+class Ended(NamedTuple):
+    """How a command ended and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+
+def environment(simulator=True):
+    """This process's variables, one thread, and the stand-in where `simulator` says so."""
+    paths = [str(STANDIN)] if simulator else []
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(*command, cwd, simulator=True, timeout=300) -> Ended:
+    """Run the script, or `command` if it starts with a path, as a user does."""
+    command = [str(word) for part in command for word in (part.split() if isinstance(part, str) else [part])]
+    script = [] if command[0].endswith(".py") or command[0].startswith("-m") else [str(SCRIPT)]
+    ended = subprocess.run(
+        [sys.executable, *script, *command],
+        cwd=str(cwd),
+        env=environment(simulator),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+def small_args(**flags):
+    """The same as `SMALL`, for `train`."""
+    small = {"device": "cpu", "compile": False, "num_envs": 8, "num_steps": 6, "num_minibatches": 2}
+    small.update({"update_epochs": 2, "hidden_dim": 8, "env_id": "cartpole"})
+    return nfpo.Args(**{**small, **flags})
+
+
+def make_collector(args):
+    """A collector over the task of `args`, reset as `train` does it."""
+    nfpo.import_simulator(args.env_id)
+    envs = nfpo.make_envs(args.env_id, args.num_envs, args.seed, args.device, True, args.randomize)
+    collector = nfpo.Collector(envs, args, nfpo.torch.device("cpu"))
+    collector.reset(args.random_initial_steps)
+    return collector
+
+
+def make_networks(collector, policy_class=None, args=None):
+    """A policy and a critic whose outputs are far from zero everywhere."""
+    envs, args = collector.envs, args or small_args()
+    nfpo.torch.manual_seed(3)
+    policy = nfpo.make_policy(policy_class or nfpo.FlowPolicy, envs.obs_dim, envs.action_dim, args)
+    critic = nfpo.Critic(envs.critic_obs_dim or envs.obs_dim)
+    for parameter in (*policy.parameters(), *critic.parameters()):
+        parameter.data += 0.3 * nfpo.torch.randn_like(parameter)
+    return policy, critic
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Call `main` in this process, in an empty folder: (status, out, err)."""
+
+    def call(*flags, policy_class=None):
+        words = [word for part in flags for word in str(part).split()]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["nfpo_isaacgym.py", *words])
+        status = 0
+        try:
+            nfpo.main(policy_class or nfpo.FlowPolicy)
+        except SystemExit as exit:
+            status = exit.code
+        return Ended(status, *capsys.readouterr())
+
+    return call
