@@ -1381,7 +1381,10 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     try:
         run_dir, checkpoint = open_run(args, policy_class, rank, world_size)
         envs = make_envs(args.env_id, args.num_envs, args.seed + rank, args.device, args.headless, args.randomize)
-        return train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, world_size, stop)
+        metrics = train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, world_size, stop)
+        if distributed:
+            dist.barrier()  # or a process that leaves early, while another still writes, was seen to hang
+        return metrics
     except BadInput:
         if rank == 0 and run_dir and not args.resume:  # Weights & Biases refuses only once there is a folder
             shutil.rmtree(run_dir)

@@ -1,8 +1,22 @@
 """`nox` sets up one virtual environment a backend and passes every test in it."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import nox
 
 nox.options.default_venv_backend = "venv"
+nox.options.error_on_missing_interpreters = False  # the session is skipped, and says so
+
+
+def working_python(version: str) -> str:
+    """An interpreter that starts: pyenv puts a `python3.8` on the path even where it will not start one."""
+    pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    for candidate in (shutil.which(f"python{version}"), *map(str, pyenv)):
+        if candidate and subprocess.run([candidate, "--version"], capture_output=True).returncode == 0:
+            return candidate
+    return f"{version} (none that starts)"
 
 
 @nox.session(python="3.11")
@@ -19,3 +33,11 @@ def playground(session: nox.Session) -> None:
     """nfpo_playground_jax.py, beside the PyTorch script that it is compared with."""
     session.install("-r", "requirements.txt", "-r", "requirements/playground.txt", "-r", "requirements/dev.txt")
     session.run("pytest", "--durations=10", "tests/playground", *session.posargs)
+
+
+@nox.session(python=working_python("3.8"))
+def isaacgym(session: nox.Session) -> None:
+    """nfpo_isaacgym.py over a stand-in for the simulator, on the Python that Isaac Gym needs."""
+    session.install("-r", "requirements/isaacgym.txt", "pytest==8.3.5")
+    # tests/conftest.py is the PyTorch 2.13 script's.
+    session.run("pytest", "--durations=10", "--confcutdir=tests/isaac", "tests/isaac", *session.posargs)

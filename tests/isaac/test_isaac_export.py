@@ -93,7 +93,7 @@ def test_actions_are_not_clipped(tmp_path):
     policy.obs_dim = 4
     for layer in policy.layers:
         layer.out.bias.data[:] = -300.0
-    nfpo.to_jit(nfpo.DeployedPolicy(policy, None), str(tmp_path / "policy.pt"))
+    nfpo.to_jit(nfpo.DeployedPolicy(policy, None).eval(), str(tmp_path / "policy.pt"))
     assert torch.jit.load(str(tmp_path / "policy.pt"))(torch.zeros(1, 4)).abs().max() > 100
 
 
