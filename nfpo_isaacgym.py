@@ -725,7 +725,7 @@ class EpisodeMeans:
 
     def pop(self) -> tuple:
         """Number of episodes and {name: mean} since the last call, over all processes."""
-        episodes, means = 0, {}
+        means = {}
         for process in gather_processes({names: row.tolist() for names, row in self.totals.items()}):
             for names, (count, *totals) in process.items():
                 for name, total in zip(names, totals):
@@ -1365,11 +1365,10 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
         found = json.loads(Path(args.resume, "args.json").read_text())["policy_class"]
         if found != policy_class.__name__:  # said before a flag that only the other policy has is said to be wrong
             raise BadInput(f"--resume is {args.resume}, a run of {found}; this script trains {policy_class.__name__}")
-    device = torch.device(args.device) if args.device.startswith(("cpu", "cuda")) else None
-    if distributed and device is not None and device.type == "cuda":
-        device = torch.device("cuda", local_rank)
-        args = dataclasses.replace(args, device=str(device))
+    if distributed and args.device.startswith("cuda"):
+        args = dataclasses.replace(args, device=f"cuda:{local_rank}")
     check_args(args, policy_class, world_size)
+    device = torch.device(args.device)
     import_simulator(args.env_id)
     stop = StopSignal()
     torch.set_num_threads(args.torch_threads)
