@@ -29,8 +29,9 @@ def scalars(run_dir):
     return {name: sorted(values) for name, values in points.items()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("script", [SCRIPT, TWIN], ids=["nfpo", "twin"])
+@pytest.mark.parametrize(
+    "number, script", [(signal.SIGTERM, SCRIPT), (signal.SIGKILL, SCRIPT), (signal.SIGKILL, TWIN)]
+)
 def test_ended_and_resumed(number, script, tmp_path):
     """Ended from outside, continued with `--resume`: every iteration is logged once, and the optimizer went on."""
     flags = SMALL.replace("--hidden-dim 8", "") if script == TWIN else SMALL
