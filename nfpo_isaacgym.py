@@ -511,6 +511,8 @@ class CouplingLayer(nn.Module):
 
     The observation's part of the first matrix product is done by `FlowPolicy` for all layers at once and comes in as
     `obs_features`; adding it here makes the sum the product with [observation, kept part], as in the paper.
+
+    Everything in here has the batch last: on large batches, work on halves of six numbers in a row is slow.
     """
 
     def __init__(self, kept_dim, transformed_dim, hidden_dim, hidden_layers, scale_fn, scale_bound):
@@ -522,11 +524,11 @@ class CouplingLayer(nn.Module):
         self.out = linear(hidden_dim, 2 * transformed_dim, gain=0.01)
 
     def forward(self, obs_features: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (B, hidden_dim) and kept part (B, |d|) to bounded log-scale and shift, each (B, D - |d|)."""
-        hidden = nn.functional.elu(obs_features + self.kept(kept))
+        """Features (hidden_dim, B) and kept part (|d|, B) to bounded log-scale and shift, each (D - |d|, B)."""
+        hidden = nn.functional.elu(obs_features + self.kept.weight @ kept)
         for layer in self.hidden:
-            hidden = nn.functional.elu(layer(hidden))
-        scale, shift = self.out(hidden).chunk(2, dim=-1)
+            hidden = nn.functional.elu(layer.weight @ hidden + layer.bias[:, None])
+        scale, shift = (self.out.weight @ hidden + self.out.bias[:, None]).chunk(2)
         return self.bound(scale), shift
 
     def bound(self, scale: torch.Tensor) -> torch.Tensor:
@@ -610,7 +612,7 @@ class FlowPolicy(nn.Module):
             if self.base_log_std is not None:
                 z = z * self.base_log_std.exp()
         action, log_det = self.inverse(obs, z)
-        return action, self.base_log_prob(z) - log_det
+        return action.contiguous(), self.base_log_prob(z) - log_det  # a simulator may read the bare memory
 
     def base_log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """log N(z; 0, diag(sigma^2)), with sigma = 1 unless it is learned. (B, D) -> (B,)."""
@@ -623,13 +625,13 @@ class FlowPolicy(nn.Module):
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """f of the paper: actions (B, D) to latents (B, D) and log|det dz/da| (B,)."""
         z, log_scales = self.transform(obs, action)
-        return z, sum(log_scale.sum(-1) for log_scale in log_scales)  # each Jacobian is triangular
+        return z, sum(log_scale.sum(0) for log_scale in log_scales)  # each Jacobian is triangular
 
     def transform(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """f of the paper, with every layer's log-scale: actions (B, D) to latents (B, D) and K of (B, D - |d|)."""
-        kept, other = action[..., 0::2], action[..., 1::2]
+        """f of the paper, with every layer's log-scale: actions (B, D) to latents (B, D) and K of (D - |d|, B)."""
+        kept, other = self.split(action)
         log_scales = []
-        for layer, obs_features in zip(self.layers, self.obs_encoder(obs).chunk(self.num_layers, dim=-1)):
+        for layer, obs_features in zip(self.layers, self.encode(obs)):
             log_scale, shift = layer(obs_features, kept)
             other = other * log_scale.exp() + shift  # Eq. 6
             log_scales.append(log_scale)
@@ -639,29 +641,38 @@ class FlowPolicy(nn.Module):
 
     def inverse(self, obs: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """f^-1 of the paper, last layer first: latents (B, D) to actions (B, D) and log|det da/dz| (B,)."""
-        kept, other = z[..., 0::2], z[..., 1::2]
+        kept, other = self.split(z)
         if self.num_layers % 2:
             kept, other = other, kept
-        all_features = self.obs_encoder(obs).chunk(self.num_layers, dim=-1)
         log_det = 0.0
-        for layer, obs_features in zip(reversed(self.layers), reversed(all_features)):
+        for layer, obs_features in zip(reversed(self.layers), reversed(self.encode(obs))):
             kept, other = other, kept
             log_scale, shift = layer(obs_features, kept)
             other = (other - shift) * (-log_scale).exp()
-            log_det = log_det - log_scale.sum(-1)
+            log_det = log_det - log_scale.sum(0)
         return self.merge(kept, other), log_det
+
+    def encode(self, obs: torch.Tensor) -> tuple:
+        """The observation's part of each layer's first matrix product: (B, obs_dim) to K of (hidden_dim, B)."""
+        features = self.obs_encoder.weight @ obs.t() + self.obs_encoder.bias[:, None]
+        return features.chunk(self.num_layers)
+
+    def split(self, x: torch.Tensor) -> tuple:
+        """(B, D) to its even- and its odd-indexed dimensions, (D', B) each."""
+        x = x.t().contiguous()
+        return x[0::2], x[1::2]
 
     def merge(self, even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
         """Undo the split: even- and odd-indexed dimensions to (B, D) in their own order."""
-        return torch.cat((even, odd), dim=-1)[..., self.interleave]
+        return torch.cat((even, odd))[self.interleave].t()
 
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor, action: torch.Tensor) -> dict[str, float]:
         """What the paper diagnoses instability with (Fig. 2): log-determinant, size and saturation of the scales."""
         _, log_scales = self.transform(obs, action)
-        size = torch.cat(log_scales, dim=-1).abs()
+        size = torch.cat(log_scales).abs()
         return {
-            "flow/log_det": sum(log_scale.sum(-1) for log_scale in log_scales).mean().item(),
+            "flow/log_det": sum(log_scale.sum(0) for log_scale in log_scales).mean().item(),
             "flow/scale_abs_mean": size.mean().item(),
             "flow/scale_saturation": (size > 0.95 * self.scale_bound).float().mean().item(),  # share of |tanh| > 0.95
         }

@@ -29,9 +29,7 @@ def scalars(run_dir):
     return {name: sorted(values) for name, values in points.items()}
 
 
-@pytest.mark.parametrize(
-    "number, script", [(signal.SIGTERM, SCRIPT), (signal.SIGKILL, SCRIPT), (signal.SIGKILL, TWIN)]
-)
+@pytest.mark.parametrize("number, script", [(signal.SIGTERM, SCRIPT), (signal.SIGKILL, SCRIPT), (signal.SIGKILL, TWIN)])
 def test_ended_and_resumed(number, script, tmp_path):
     """Ended from outside, continued with `--resume`: every iteration is logged once, and the optimizer went on."""
     flags = SMALL.replace("--hidden-dim 8", "") if script == TWIN else SMALL

@@ -34,7 +34,7 @@ class StandInTask:
         return self.obs_dict
 
     def step(self, actions):
-        assert actions.dtype == torch.float32 and not actions.requires_grad
+        assert actions.dtype == torch.float32 and actions.is_contiguous() and not actions.requires_grad
         self.physics.step(actions.clamp(-1.0, 1.0))
         self.progress_buf += 1
         indexes = self.reset_buf.nonzero().flatten()

@@ -51,7 +51,7 @@ class StandInTask:
         return self.step(torch.zeros(self.num_envs, self.num_actions, device=self.device))[:2]
 
     def step(self, actions):
-        assert actions.dtype == torch.float32 and not actions.requires_grad
+        assert actions.dtype == torch.float32 and actions.is_contiguous() and not actions.requires_grad
         self.physics.step(actions.clamp(-100.0, 100.0))
         self.episode_length_buf += 1
         self.common_step_counter += 1
