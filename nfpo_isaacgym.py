@@ -40,6 +40,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -250,11 +251,9 @@ def check_args(args: Args, policy_class: type, world_size: int = 1) -> None:
 
 
 def check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BadInput(f"--device is {name}, allowed is cpu or cuda:0, cuda:1, ...") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if re.fullmatch(r"cpu|cuda:\d+", name) is None:
+        raise BadInput(f"--device is {name}, allowed is cpu or cuda:0, cuda:1, ...")
+    if name != "cpu" and torch.device(name).index >= torch.cuda.device_count():
         raise BadInput(
             f"--device is {name}, but PyTorch finds {torch.cuda.device_count()} GPUs here; --device cpu simulates on "
             "the CPU, which is slow"
@@ -363,7 +362,7 @@ class IsaacGymEnvs:
             num_envs=num_envs,
             sim_device=device,
             rl_device=device,
-            graphics_device_id=-1 if headless else torch.device(device).index or 0,
+            graphics_device_id=-1 if headless else int(device.partition(":")[2] or 0),
             headless=headless,
             force_render=not headless,
         )
@@ -730,7 +729,7 @@ class EpisodeMeans:
         """`count` episodes have ended, over which the values of `totals` add up to scalars."""
         if totals:
             tensors = [x if torch.is_tensor(x) else torch.full((), x, device=count.device) for x in totals.values()]
-            row = torch.stack([count.float(), *(x.float().reshape(()) for x in tensors)])
+            row = torch.stack([count.float(), *(x.float().mean() for x in tensors)])
             names = tuple(totals)
             self.totals[names] = self.totals[names] + row if names in self.totals else row
 

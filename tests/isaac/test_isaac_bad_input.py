@@ -29,6 +29,7 @@ def assert_one_line(ended, *words):
         ("--env-id isaacgymenvs:Cartpol", ["--env-id", "Cartpol,", "Cartpole"]),
         ("--env-id no_such_module:task", ["--env-id", "no_such_module"]),
         ("--device gpu0", ["--device", "gpu0", "cpu"]),
+        ("--device cuda", ["--device", "cuda,", "cuda:0"]),
         ("--device cuda:0", ["--device", "cuda:0", "0 GPUs", "cpu"]),
         ("--num-minibatches 5", ["--num-minibatches", "5", "48"]),
         ("--num-minibatches 48", ["--num-minibatches", "48", "24"]),
