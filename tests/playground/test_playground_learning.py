@@ -1,5 +1,6 @@
 """The whole script learns, and a threshold notices the mistakes that cost other scripts their result."""
 
+import os
 import re
 import resource
 import subprocess
@@ -24,6 +25,13 @@ def command(name: str) -> list[str]:
     return found.split()
 
 
+def as_a_user_does(*flags, cwd: Path) -> str:
+    """Run the script without what conftest.py asks of XLA for the sake of fast compilation; returns what it printed."""
+    variables = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    command = [sys.executable, SCRIPT, *flags]
+    return subprocess.run(command, cwd=cwd, env=variables, check=True, capture_output=True, text=True).stdout
+
+
 # Untrained policies: 460, 12 and 9. The limit is in seconds, of the clock or of the processor, whichever is less: alone
 # on a machine the clock is, and on a busy one the processor time bounds what the clock would show.
 @pytest.mark.parametrize(
@@ -33,13 +41,14 @@ def command(name: str) -> list[str]:
 def test_readme_command_learns(name, expected, limit, tmp_path):
     """The README's command reaches its return, compilation included, in the time that it promises."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, SCRIPT, *command(name)], cwd=tmp_path, check=True, capture_output=True)
+    as_a_user_does(*command(name), cwd=tmp_path)
     after, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
     seconds = min(clock, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     (run_dir,) = (tmp_path / "runs").iterdir()
-    returns = nfpo.evaluate(run_dir, eval_episodes=100)
-    print(f"{name}: {np.mean(returns):.0f} in {seconds:.0f} s")
-    assert np.mean(returns) >= expected
+    out = as_a_user_does("--evaluate", run_dir, "--eval-episodes", "100", cwd=tmp_path)
+    mean = float(re.search(r"100 episodes .* return ([\d.]+) ±", out)[1])
+    print(f"{name}: {mean:.0f} in {seconds:.0f} s")
+    assert mean >= expected
     assert limit is None or seconds < limit
 
 
