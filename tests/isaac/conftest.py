@@ -82,6 +82,15 @@ def make_networks(collector, policy_class=None, args=None):
     return policy, critic
 
 
+@pytest.fixture(autouse=True)
+def fresh_configuration():
+    """A task's configuration is global; what one test switched off must not be off in the next one."""
+    yield
+    if "legged_gym.envs" in sys.modules:
+        cfg = sys.modules["legged_gym.envs"].EnvCfg
+        cfg.noise.add_noise = cfg.domain_rand.randomize_friction = cfg.domain_rand.push_robots = True
+
+
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
     """Call `main` in this process, in an empty folder: (status, out, err)."""
