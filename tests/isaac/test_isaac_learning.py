@@ -18,8 +18,10 @@ from benchmarks.baselines.ppo_isaacgym import GaussianPolicy
     ],
 )
 def test_learns(env_id, policy_class, flags, expected, tmp_path):
-    flags = {"compile": False, **flags}
-    args = nfpo.Args(env_id=env_id, device="cpu", num_envs=64, total_timesteps=200_000, runs_dir=str(tmp_path), **flags)
+    # The paper's 24 steps are half a second here, in which a pole that rides off its track looks well: with them one
+    # seed in four stays at 1.8.
+    flags = {"compile": False, "num_steps": 96, "num_minibatches": 8, **flags}
+    args = nfpo.Args(env_id=env_id, device="cpu", num_envs=64, total_timesteps=300_000, runs_dir=str(tmp_path), **flags)
     run_dir = nfpo.train(args, policy_class)["run_dir"]
     returns = nfpo.evaluate(run_dir, policy_class, eval_episodes=64, device="cpu")
     print(f"{env_id}: {np.mean(returns):.2f}")
