@@ -244,3 +244,23 @@ def test_reward_scale(monkeypatch):
     scaled, _, *_, other = collect("pointmass", monkeypatch, reward_scale=0.01)
     np.testing.assert_allclose(scaled.rewards, 0.01 * plain.rewards, rtol=1e-5)
     assert collector.means.pop() == other.means.pop()
+
+
+def test_environment_terms_are_of_the_episodes_that_ended(monkeypatch):
+    """A term that was left to lie since the last reset is not counted again."""
+    collector = make_collector(small_args(env_id="pointmass", num_envs=16))
+    policy, critic = make_networks(collector)
+    env, ended = collector.envs.env, []
+    reset_idx = env.reset_idx
+
+    def noted(indexes):
+        reset_idx(indexes)
+        if len(indexes):
+            ended.append((len(indexes), env.extras["episode"]["rew_near"].item()))
+
+    monkeypatch.setattr(env, "reset_idx", noted)
+    nfpo.collect_rollout(collector, policy.sample, critic, 150)
+    counts, terms = zip(*ended)
+    assert len(ended) < 140  # some steps reset nothing
+    expected = np.average(terms, weights=counts)
+    np.testing.assert_allclose(collector.means.pop()[1]["episode/rew_near"], expected, rtol=1e-5)
