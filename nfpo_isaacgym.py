@@ -754,8 +754,7 @@ class Collector:
         self.is_asymmetric = envs.critic_obs_dim is not None
         self.obs_stats = RunningMeanStd(envs.obs_dim, device)
         self.critic_obs_stats = RunningMeanStd(envs.critic_obs_dim, device) if self.is_asymmetric else self.obs_stats
-        self.obs = torch.zeros(envs.num_envs, envs.obs_dim, device=device)
-        self.critic_obs = torch.zeros(envs.num_envs, envs.critic_obs_dim, device=device) if self.is_asymmetric else None
+        self.obs = self.critic_obs = None  # until `reset`
         # Environments whose current observation is an ended episode's.
         self.ended = torch.zeros(envs.num_envs, dtype=torch.bool, device=device)
         self.episode_return = torch.zeros(envs.num_envs, device=device)
@@ -769,16 +768,14 @@ class Collector:
             self.envs.randomize_episode_lengths()
 
     def observe(self, obs: torch.Tensor, critic_obs: Optional[torch.Tensor]) -> None:
-        """Copy the observations, which the environment overwrites."""
+        """Take the observations, maybe the environment's own tensors: a rollout copies them before the next step."""
         if self.normalizes:
             self.obs_stats.update(obs)
             obs = self.obs_stats.normalize(obs)
             if self.is_asymmetric:
                 self.critic_obs_stats.update(critic_obs)
                 critic_obs = self.critic_obs_stats.normalize(critic_obs)
-        self.obs.copy_(obs)
-        if self.is_asymmetric:
-            self.critic_obs.copy_(critic_obs)
+        self.obs, self.critic_obs = obs, critic_obs
 
     def step(self, action: torch.Tensor) -> tuple:
         """Step all environments. Actions (N, action_dim) to scaled rewards, done, time-outs and resetting, all (N,)."""
@@ -1104,9 +1101,9 @@ def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
 class DeployedPolicy(nn.Module):
     """What a robot runs: raw observations (B, obs_dim) in, actions (B, action_dim) out, neither clipped nor scaled."""
 
-    def __init__(self, policy: nn.Module, obs_stats: Optional[RunningMeanStd]):
+    def __init__(self, policy: nn.Module, obs_dim: int, obs_stats: Optional[RunningMeanStd]):
         super().__init__()
-        self.policy = policy
+        self.policy, self.obs_dim = policy, obs_dim
         self.normalizes = obs_stats is not None
         if self.normalizes:  # in float64 as in training: a mean much above the deviation would cost float32 its digits
             self.register_buffer("mean", obs_stats.mean)
@@ -1122,7 +1119,7 @@ class DeployedPolicy(nn.Module):
 
     def typical_obs(self, count: int) -> torch.Tensor:
         """Observations (count, obs_dim) to compare exports on, spread as those that the policy was trained on."""
-        obs = torch.randn(count, self.policy.obs_dim, generator=torch.Generator().manual_seed(0))
+        obs = torch.randn(count, self.obs_dim, generator=torch.Generator().manual_seed(0))
         return (obs * self.std + self.mean).float() if self.normalizes else obs
 
 
@@ -1158,12 +1155,11 @@ def evaluate(
         import_simulator(args.env_id)
     policy = make_policy(policy_class, state["obs_dim"], state["action_dim"], args)
     policy.load_state_dict(state["policy"])
-    policy.obs_dim = state["obs_dim"]
     obs_stats = None
     if args.normalize_obs:
         obs_stats = RunningMeanStd(state["obs_dim"], torch.device("cpu"))
         obs_stats.load_state_dict(state["processes"][0]["collector"]["stats"][0])
-    deployed = DeployedPolicy(policy, obs_stats).eval()
+    deployed = DeployedPolicy(policy, state["obs_dim"], obs_stats).eval()
     if export_jit:
         to_jit(deployed, export_jit)
     if export_onnx:

@@ -90,18 +90,16 @@ def test_onnx(exported):
 def test_actions_are_not_clipped(tmp_path):
     """Unitree's deploy scripts scale the action themselves: what leaves the policy is what the environment gets."""
     policy = nfpo.FlowPolicy(4, 2)
-    policy.obs_dim = 4
     for layer in policy.layers:
         layer.out.bias.data[:] = -300.0
-    nfpo.to_jit(nfpo.DeployedPolicy(policy, None).eval(), str(tmp_path / "policy.pt"))
+    nfpo.to_jit(nfpo.DeployedPolicy(policy, 4, None).eval(), str(tmp_path / "policy.pt"))
     assert torch.jit.load(str(tmp_path / "policy.pt"))(torch.zeros(1, 4)).abs().max() > 100
 
 
 def test_a_wrong_export_is_refused(tmp_path):
     """A file that is not the policy does not stay."""
     policy = nfpo.FlowPolicy(4, 2)
-    policy.obs_dim = 4
-    deployed, temporary = nfpo.DeployedPolicy(policy, None), tmp_path / "a.tmp"
+    deployed, temporary = nfpo.DeployedPolicy(policy, 4, None), tmp_path / "a.tmp"
     temporary.write_text("")
     with pytest.raises(RuntimeError, match="1e-6"):
         nfpo.finish_export(

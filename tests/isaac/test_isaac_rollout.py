@@ -47,17 +47,17 @@ def collect(env_id, monkeypatch, rollouts=4, num_steps=60, num_envs=64, **flags)
     args = small_args(env_id=env_id, num_steps=num_steps, num_envs=num_envs, **flags)
     collector = make_collector(args)
     policy, critic = make_networks(collector)
-    first_obs, first_critic_obs = collector.obs.clone(), collector.critic_obs
+    first_obs = collector.obs.clone()
     truth = Truth(collector.envs.env, monkeypatch)
     parts = [nfpo.collect_rollout(collector, policy.sample, critic, num_steps) for _ in range(rollouts)]
     joined = nfpo.Rollout(*(torch.cat([part[i] for part in parts]) for i in range(len(nfpo.Rollout._fields))))
-    return joined, truth, critic, first_obs, first_critic_obs, collector
+    return joined, truth, critic, first_obs, collector
 
 
 @pytest.mark.parametrize("env_id", LEGGED + ISAACGYMENVS)
 def test_rollout_is_what_happened(env_id, monkeypatch):
     """Observations, rewards and ends are those of their own step, though the environment overwrites all of them."""
-    rollout, truth, _, first_obs, _, collector = collect(env_id, monkeypatch)
+    rollout, truth, _, first_obs, collector = collect(env_id, monkeypatch)
     reward, done, time_out, obs, critic_obs = truth.stacked()
     assert done.any() and time_out.any() and (truth.stale > 0 or env_id != "pointmass"), "nothing to get wrong"
     assert torch.equal(rollout.rewards, reward)
