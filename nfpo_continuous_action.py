@@ -21,6 +21,7 @@ training run needs in order not to lose, repeat or hide anything.
 import dataclasses
 import difflib
 import errno
+import hashlib
 import itertools
 import json
 import math
@@ -33,6 +34,7 @@ import threading
 import time
 import warnings
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional
 
@@ -42,6 +44,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -69,7 +74,7 @@ class Args:
     cuda: bool = False
     """put networks and batches on a GPU; small networks are faster on the CPU"""
     compile: bool = True
-    """compile policy and update with torch.compile; without a C++ compiler they run eagerly"""
+    """compile policy and update with AOTInductor; without a C++ compiler they run eagerly"""
     torch_threads: int = 1
     """PyTorch threads; more than one slows small networks down, and much more so when runs share a machine"""
     torch_deterministic: bool = True
@@ -1191,33 +1196,83 @@ class NonFinite(ArithmeticError):
     """Training left the finite numbers; `main` prints it as one line and exits with status 3."""
 
 
-def compile_functions(policy, critic, args: Args, obs_dim: int, action_dim: int, device: torch.device):
-    """`policy.sample` and `minibatch_gradient`, compiled where there is a compiler: the same functions, only faster.
+class CallWith(nn.Module):
+    """A function as the `forward` of a module, together with the networks that it uses."""
 
-    Both are called once here, on zeros, so that a missing compiler shows before training starts.
+    def __init__(self, function, *networks: nn.Module):
+        super().__init__()
+        self.function, self.networks = function, nn.ModuleList(networks)
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def compile_ahead(function, networks: tuple[nn.Module, ...], inputs: tuple[torch.Tensor, ...]):
+    """`function` compiled ahead of time for inputs of exactly these shapes; it must return a tuple of tensors.
+
+    `torch.compile` would make the same kernels, but at each call its guards and wrappers cost more than networks this
+    small, and push the simulator out of the processor's caches. The networks' tensors are inputs of the compiled
+    library, so that it computes with what they are at the time of a call.
+
+    Raises whatever the compiler does, and `AssertionError` where what it made computes something else.
     """
+    module = CallWith(function, *networks)
+    state = {name: x.detach() for name, x in (*module.named_parameters(), *module.named_buffers())}
+    trained = {name for name, x in module.named_parameters() if x.requires_grad}
+
+    def with_state(tensors, *inputs):
+        given = {name: x.detach().requires_grad_(name in trained) for name, x in zip(state, tensors)}
+        return tuple(functional_call(module, given, inputs))
+
+    tensors = list(state.values())
+    graph = make_fx(with_state)(tensors, *inputs)  # gradients are operations like others in here
+    kinds = [(x.shape, x.stride(), x.dtype, x.device.type) for x in (*tensors, *inputs)]
+    constants = [x.tolist() for x in graph.buffers()]
+    recipe = repr((torch.__version__, torch.backends.cpu.get_cpu_capability(), graph.code, kinds, constants))
+    package = Path(cache_dir(), f"nfpo-{hashlib.sha256(recipe.encode()).hexdigest()}.pt2")
+    if not package.exists():
+        temporary = package.with_name(f"nfpo-{os.getpid()}.pt2")
+        program = torch.export.export(graph, (tensors, *inputs))
+        options = {"fallback_random": True}  # draw the random numbers that eager mode draws
+        torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=options)
+        os.replace(temporary, package)
+    library = torch._inductor.aoti_load_package(str(package)).loader
+
+    def compiled(*inputs):
+        return library.run([*tensors, *inputs])
+
+    torch.manual_seed(0)
+    expected = function(*inputs)
+    torch.manual_seed(0)
+    torch.testing.assert_close(tuple(compiled(*inputs)), tuple(expected), rtol=1e-3, atol=1e-4)
+    return compiled
+
+
+def compile_functions(policy, critic, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+    """`policy.sample` and `minibatch_gradient`, compiled where there is a compiler: the same functions, only faster."""
     if not args.compile:
         return policy.sample, minibatch_gradient
-    torch._inductor.config.fallback_random = True  # draw the random numbers that eager mode draws
-    torch._dynamo.config.trace_autograd_ops = True  # allow torch.autograd.grad within a compiled function
-    # Kernels this small are called from C++: from Python, the calls would cost as much as the work.
-    sample = torch.compile(policy.sample, dynamic=False, options={"cpp_wrapper": True})
-    gradient_fn = torch.compile(minibatch_gradient, dynamic=False, fullgraph=True, options={"cpp_wrapper": True})
     print("Compiling; the first time on a machine this takes up to a minute (--no-compile starts at once).", flush=True)
-    state = random_state()
+    before = random_state()
+    size = args.minibatch_size
+    minibatch = [torch.randn(size, n, device=device) for n in (obs_dim, action_dim)] + [
+        *torch.randn(4, size).to(device)
+    ]
     try:
-        with torch.no_grad():
-            sample(torch.zeros(args.num_envs, obs_dim, device=device))
-        size = args.minibatch_size
-        obs, actions = torch.zeros(size, obs_dim, device=device), torch.zeros(size, action_dim, device=device)
-        gradient_fn(policy, critic, args, obs, actions, *torch.zeros(4, size, device=device))
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's, about itself
+            sample = compile_ahead(policy.sample, (policy,), (torch.randn(args.num_envs, obs_dim, device=device),))
+            with torch.enable_grad():
+                gradient = compile_ahead(partial(minibatch_gradient, policy, critic, args), (policy, critic), minibatch)
     except Exception as error:
         # The compiler's errors are its own and change with versions; none of them may cost anybody a training run.
-        print(f"torch.compile does not work here ({str(error).strip().splitlines()[0]}): going on eagerly, slower.")
+        print(
+            f"PyTorch's compiler does not work here ({str(error).strip().splitlines()[0]}): going on eagerly, slower."
+        )
         return policy.sample, minibatch_gradient
     finally:
-        set_random_state(state)
-    return sample, gradient_fn
+        set_random_state(before)
+    return sample, lambda policy, critic, args, *minibatch: gradient(*minibatch)
 
 
 def train(args: Args, policy_class: type = FlowPolicy) -> dict:
