@@ -47,6 +47,7 @@ from nfpo_continuous_action import (  # noqa: E402
     DeployedPolicy,
     FlowPolicy,
     RunningMeanStd,
+    compile_ahead,
     make_env,
     make_policy,
     to_onnx,
@@ -61,7 +62,7 @@ class CostArgs:
     env_ids: tuple[str, ...] = ("Humanoid-v4", "HalfCheetah-v4", "g1")
     """whose sizes are taken: Gymnasium environments, and g1, the paper's robot, of which there are only sizes here"""
     runtimes: tuple[Literal["eager", "compiled", "onnx"], ...] = ("eager", "compiled", "onnx")
-    """how networks are run: PyTorch, torch.compile as the script uses it, ONNX Runtime (decisions only)"""
+    """how networks are run: PyTorch, compiled as the script does it, ONNX Runtime (decisions only)"""
     rounds: int = 100
     """rounds of decisions; one more comes first and is thrown away"""
     calls: int = 21
@@ -125,11 +126,6 @@ def num_flops(module: nn.Module, obs_dim: int) -> int:
     return counter.get_total_flops()
 
 
-def compiled(function: Callable) -> Callable:
-    """`function` compiled with the options of the script's `compile_functions`."""
-    return torch.compile(function, dynamic=False, fullgraph=True, options={"cpp_wrapper": True})
-
-
 def decision(module: nn.Module, runtime: str, obs_dim: int, folder: str) -> Callable[[], np.ndarray]:
     """A function that takes one decision: a raw observation (1, obs_dim) to an action (1, action_dim), float32."""
     obs = np.random.default_rng(1).standard_normal((8, obs_dim)).astype(np.float32)
@@ -142,24 +138,34 @@ def decision(module: nn.Module, runtime: str, obs_dim: int, folder: str) -> Call
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return lambda: session.run(None, {"obs": one})[0]
-    act = compiled(module) if runtime == "compiled" else module
+
+    def act(obs: torch.Tensor) -> tuple[torch.Tensor]:
+        return (module(obs),)
+
+    if runtime == "compiled":
+        with torch.no_grad():
+            act = compile_ahead(act, (module,), (torch.from_numpy(one),))
 
     def decide() -> np.ndarray:
         with torch.no_grad():
-            return act(torch.from_numpy(one)).numpy()
+            return act(torch.from_numpy(one))[0].numpy()
 
     return decide
 
 
 def train_step(policy: nn.Module, runtime: str, obs: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
     """A function that samples actions for `obs` (B, obs_dim) and takes the gradient of their mean log-probability."""
-    parameters = list(policy.parameters())
 
     def gradient(obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(policy.log_prob(obs, action).mean(), parameters)
+        return torch.autograd.grad(policy.log_prob(obs, action).mean(), list(policy.parameters()))
 
+    sample = policy.sample
     # Two functions, as in training: in one, the compiler would share the features of `obs` between the two.
-    sample, gradient = (compiled(f) if runtime == "compiled" else f for f in (policy.sample, gradient))
+    if runtime == "compiled":
+        with torch.no_grad():
+            sample = compile_ahead(sample, (policy,), (obs,))
+            action, _ = sample(obs)
+        gradient = compile_ahead(gradient, (policy,), (obs, action))
 
     def step() -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
@@ -190,7 +196,6 @@ def measure(task: Task, args: CostArgs) -> dict[tuple[str, str], list[float]]:
     found = {("parameters", name): [num_parameters(module)] for name, module in modules.items()}
     found |= {("bytes", name): [num_bytes(module)] for name, module in modules.items()}
     found |= {("flops", name): [num_flops(module, task.obs_dim)] for name, module in modules.items()}
-    torch.compiler.reset()  # another task's kernels would be looked through at every call
     with tempfile.TemporaryDirectory() as folder:
         decisions = {
             (f"decision, {runtime} (µs)", name): decision(module, runtime, task.obs_dim, folder)
@@ -232,7 +237,6 @@ def markdown(task: Task, summary: dict[tuple[str, str], tuple[float, float]]) ->
 def main() -> None:
     args = tyro.cli(CostArgs, description=__doc__.split("\n")[0])
     torch.set_num_threads(1)
-    torch._dynamo.config.trace_autograd_ops = True  # as the script does: torch.autograd.grad within compiled functions
     rows = []
     for env_id in args.env_ids:
         task = make_task(env_id)

@@ -13,17 +13,6 @@ HIDDEN = 64  # the width of every network here
 RUNTIMES = ("eager", "compiled", "onnx")
 
 
-@pytest.fixture(autouse=True)
-def no_code_generation(monkeypatch):
-    """Capture and differentiate graphs as ever, but run them in PyTorch: generating code takes too long for a test."""
-    real = torch.compile
-
-    def compile_graph(function, options, **how):
-        return real(function, backend="aot_eager", **how)
-
-    monkeypatch.setattr(torch, "compile", compile_graph)
-
-
 def mlp(obs_dim: int, out_dim: int) -> int:
     """Weights of the Gaussian twin's network of two hidden layers."""
     return obs_dim * HIDDEN + HIDDEN * HIDDEN + HIDDEN * out_dim
@@ -105,9 +94,9 @@ def test_training_step_differentiates_the_samples_log_prob(runtime):
     """The training row's gradient is that of the mean log-probability, every parameter's in turn."""
     policy = cost.deployable(cost.make_task("g1"))["nfpo"].policy
     obs = torch.randn(16, 47)
+    step = cost.train_step(policy, runtime, obs)
     torch.manual_seed(3)
-    with torch._dynamo.config.patch(trace_autograd_ops=True):  # as `main` sets it
-        gradients = cost.train_step(policy, runtime, obs)()
+    gradients = step()
     torch.manual_seed(3)
     with torch.no_grad():
         action, _ = policy.sample(obs)

@@ -132,19 +132,12 @@ def test_starts_apart_and_as_wide_as_the_twin(num_components):
     assert num_components == 1 or torch.pdist(means).min() > 0.5
 
 
-def test_gradient_is_one_graph():
-    """The compiler takes sampling and the whole gradient, forward and backward, without a break."""
+def test_compiled():
+    """The compiler takes sampling and the whole gradient; `compile_ahead` compares them with PyTorch."""
     torch.manual_seed(0)
-    policy, critic, args = MixturePolicy(OBS_DIM, 3), nfpo.Critic(OBS_DIM), nfpo.Args()
-    obs = observations(8).float()
-    action, log_prob = policy.sample(obs)
-    minibatch = obs, action.detach(), log_prob.detach(), *torch.randn(3, 8)
-    expected, _ = nfpo.minibatch_gradient(policy, critic, args, *minibatch)
-    with torch._dynamo.config.patch(trace_autograd_ops=True):  # as the script's `compile_functions` does
-        compiled = torch.compile(nfpo.minibatch_gradient, backend="aot_eager", fullgraph=True)
-        found, _ = compiled(policy, critic, args, *minibatch)
-    torch.testing.assert_close(found, expected)
-    assert torch.compile(policy.sample, backend="aot_eager", fullgraph=True)(obs)[0].shape == (8, 3)
+    policy, critic, args = MixturePolicy(OBS_DIM, 3), nfpo.Critic(OBS_DIM), nfpo.Args(num_steps=8, num_minibatches=1)
+    sample, gradient = nfpo.compile_functions(policy, critic, args, OBS_DIM, 3, torch.device("cpu"))
+    assert sample != policy.sample and gradient is not nfpo.minibatch_gradient  # not given up
 
 
 def test_command_line(cli, tmp_path, monkeypatch):
