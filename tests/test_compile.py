@@ -37,3 +37,59 @@ def test_no_compiler(eager_run, tmp_path):
     ours, eager = nfpo.load_checkpoint(run_folders(tmp_path)[0]), nfpo.load_checkpoint(eager_run)
     for name, weight in eager["policy"].items():
         assert torch.equal(ours["policy"][name], weight), name
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for compiled libraries."""
+    monkeypatch.setattr(nfpo, "cache_dir", lambda: str(tmp_path))
+    return tmp_path
+
+
+def compile_sample(policy, obs):
+    with torch.no_grad():
+        return nfpo.compile_ahead(policy.sample, (policy,), (obs,))
+
+
+def test_library_sees_new_weights_and_is_kept(cache, monkeypatch):
+    """What is compiled computes with the weights of the moment, and a second start finds it."""
+    policy, obs = nfpo.FlowPolicy(5, 3, num_layers=2, learned_base_std=True), torch.randn(4, 5)
+    compile_sample(policy, obs)
+    assert len(list(cache.glob("*.pt2"))) == 1
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: pytest.fail("compiled again"))
+    vector = nfpo.flatten_parameters(list(policy.parameters()))
+    sample = compile_sample(policy, obs)
+    with torch.no_grad():
+        vector += 0.1 * torch.randn_like(vector)  # as the optimizer does
+        torch.manual_seed(5)
+        found = sample(obs)
+        torch.manual_seed(5)
+        torch.testing.assert_close(tuple(found), policy.sample(obs))
+
+
+def test_other_constants_are_another_library(cache):
+    """Same shapes, other bound: not the library of before."""
+    obs = torch.randn(4, 5)
+    for bound in (0.5, 1.0):
+        policy = nfpo.FlowPolicy(5, 3, num_layers=1, scale_bound=bound)
+        torch.nn.init.normal_(policy.layers[0].out.weight)
+        compile_sample(policy, obs)  # compares both with PyTorch
+    assert len(list(cache.glob("*.pt2"))) == 2
+
+
+class Drifting(nfpo.FlowPolicy):
+    """Computes something else at each call, which no compiled function can."""
+
+    calls = 0
+
+    def sample(self, obs, temperature=1.0):
+        Drifting.calls += 1
+        return obs[:, : self.action_dim] + Drifting.calls, obs[:, 0]
+
+
+def test_wrong_library_is_not_used(cache, capsys):
+    """Where compiled and eager disagree, training goes on eagerly and says why."""
+    policy, critic, args = Drifting(5, 3), nfpo.Critic(5), nfpo.Args(num_steps=8, num_minibatches=1)
+    sample, gradient = nfpo.compile_functions(policy, critic, args, 5, 3, torch.device("cpu"))
+    assert sample == policy.sample and gradient is nfpo.minibatch_gradient
+    assert "eager" in capsys.readouterr().out
