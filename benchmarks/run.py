@@ -50,6 +50,7 @@ VARIANTS = {
     # update early. PPO-lr is the control: would the Gaussian gain as much from the smaller learning rate?
     "NFPO-std": f"{NFPO} --learned-base-std",
     "NFPO-std-lr": f"{NFPO} --learned-base-std --learning-rate 1e-4",
+    "NFPO-std-flat": f"{NFPO} --learned-base-std --learning-rate 1e-4 --no-anneal-lr",
     "NFPO-std-2e-4": f"{NFPO} --learned-base-std --learning-rate 2e-4",
     "NFPO-std-tight": f"{NFPO} --learned-base-std --scale-bound 0.1",
     "NFPO-std-kl": f"{NFPO} --learned-base-std --target-kl 0.05",
@@ -85,8 +86,7 @@ GRIDWORLD = "benchmarks.envs.gridworld:GridWorld-v0"
 GRID = [
     Experiment("S1", MUJOCO, ("NFPO", "PPO", "NFPO-std-lr", "PPO-lr"), 5, 1_000_000),
     Experiment("S1", ("Humanoid-v4", "HalfCheetah-v4"), ("PPO-mixture",), 5, 1_000_000),
-    Experiment("S1-screen", EASIER, ("NFPO-std", "NFPO-std-2e-4"), 1, 1_000_000),
-    Experiment("S1-screen", EASIER, ("NFPO-std-tight",), 1, 1_000_000),
+    Experiment("S1-screen", EASIER, ("NFPO-std", "NFPO-std-2e-4", "NFPO-std-flat", "NFPO-std-tight"), 1, 1_000_000),
     Experiment("S1-screen", ("HalfCheetah-v4",), ("NFPO-std-kl",), 1, 1_000_000),
     Experiment("6", (GRIDWORLD,), ("NFPO-grid", "PPO-grid"), 5, 131_072),
     Experiment("2", ABLATION, ("NFPO", "scale-none", "scale-zero", "scale-clip", "scale-asymmetric"), 3, 500_000),
