@@ -1228,7 +1228,8 @@ def compile_ahead(function, networks: tuple[nn.Module, ...], inputs: tuple[torch
     graph = make_fx(with_state)(tensors, *inputs)  # gradients are operations like others in here
     kinds = [(x.shape, x.stride(), x.dtype, x.device.type) for x in (*tensors, *inputs)]
     constants = [x.tolist() for x in graph.buffers()]
-    recipe = repr((torch.__version__, torch.backends.cpu.get_cpu_capability(), graph.code, kinds, constants))
+    machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    recipe = repr((machine, graph.code, kinds, constants))
     package = Path(cache_dir(), f"nfpo-{hashlib.sha256(recipe.encode()).hexdigest()}.pt2")
     if not package.exists():
         temporary = package.with_name(f"nfpo-{os.getpid()}.pt2")
@@ -1253,25 +1254,26 @@ def compile_functions(policy, critic, args: Args, obs_dim: int, action_dim: int,
     if not args.compile:
         return policy.sample, minibatch_gradient
     print("Compiling; the first time on a machine this takes up to a minute (--no-compile starts at once).", flush=True)
-    before = random_state()
-    size = args.minibatch_size
-    minibatch = [torch.randn(size, n, device=device) for n in (obs_dim, action_dim)] + [
-        *torch.randn(4, size).to(device)
-    ]
+    before, validates = random_state(), torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)  # values are not known while a graph is made
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's, about itself
             sample = compile_ahead(policy.sample, (policy,), (torch.randn(args.num_envs, obs_dim, device=device),))
+            obs = torch.randn(args.minibatch_size, obs_dim, device=device)
+            actions, log_probs = policy.sample(obs)
+            noise, *others = torch.randn(4, args.minibatch_size, device=device)
+            minibatch = obs, actions, log_probs + 0.1 * noise, *others
             with torch.enable_grad():
                 gradient = compile_ahead(partial(minibatch_gradient, policy, critic, args), (policy, critic), minibatch)
     except Exception as error:
         # The compiler's errors are its own and change with versions; none of them may cost anybody a training run.
-        print(
-            f"PyTorch's compiler does not work here ({str(error).strip().splitlines()[0]}): going on eagerly, slower."
-        )
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"PyTorch's compiler does not work here ({reason}): going on eagerly, slower.")
         return policy.sample, minibatch_gradient
     finally:
         set_random_state(before)
+        torch.distributions.Distribution.set_default_validate_args(validates)
     return sample, lambda policy, critic, args, *minibatch: gradient(*minibatch)
 
 

@@ -93,3 +93,27 @@ def test_wrong_library_is_not_used(cache, capsys):
     sample, gradient = nfpo.compile_functions(policy, critic, args, 5, 3, torch.device("cpu"))
     assert sample == policy.sample and gradient is nfpo.minibatch_gradient
     assert "eager" in capsys.readouterr().out
+
+
+class LaplacePolicy(torch.nn.Module):
+    """A reader's own policy, made of torch.distributions."""
+
+    def __init__(self, obs_dim, action_dim):
+        super().__init__()
+        self.net, self.log_scale = torch.nn.Linear(obs_dim, action_dim), torch.nn.Parameter(torch.zeros(action_dim))
+
+    def log_prob(self, obs, action):
+        return torch.distributions.Laplace(self.net(obs), self.log_scale.exp()).log_prob(action).sum(-1)
+
+    def sample(self, obs, temperature=1.0):
+        action = torch.distributions.Laplace(self.net(obs), self.log_scale.exp()).sample()
+        return action, self.log_prob(obs, action)
+
+
+def test_own_policy_compiles(cache):
+    """torch.distributions validates values, which no graph knows: compilation need not be given up for that."""
+    policy, critic, args = LaplacePolicy(5, 3), nfpo.Critic(5), nfpo.Args(num_steps=8, num_minibatches=1)
+    sample, gradient = nfpo.compile_functions(policy, critic, args, 5, 3, torch.device("cpu"))
+    assert sample != policy.sample and gradient is not nfpo.minibatch_gradient
+    with pytest.raises(ValueError):  # and afterwards it validates as before
+        torch.distributions.Laplace(torch.zeros(1), -torch.ones(1))
