@@ -39,25 +39,27 @@ REQUEUED = -1  # submitit leaves a process with it, once it has asked for the jo
 BUSY = -2
 
 NFPO = "nfpo_continuous_action.py"
+PPO = "benchmarks/baselines/ppo_continuous_action.py"
 GRIDWORLD_FLAGS = "--num-envs 64 --num-steps 64 --num-minibatches 4 --gamma 0.9 --no-compile"
 # A variant is a command. Its name becomes the run's --exp-name.
 VARIANTS = {
     "NFPO": NFPO,
-    "PPO": "benchmarks/baselines/ppo_continuous_action.py",
+    "PPO": PPO,
     "PPO-mixture": "benchmarks/baselines/ppo_mixture.py",
     # What may close the gap on the easier tasks: noise that can shrink below what the bounded scales allow, and steps
-    # as small as the Gaussian's, by the learning rate, by scales that hardly depend on the state, or by leaving an
-    # update early. PPO-lr is the control: would the Gaussian gain as much from the smaller learning rate?
+    # as small as the Gaussian's, by a learning rate that is smaller, and then need not be annealed, by scales that
+    # hardly depend on the state, or by leaving an update early.
     "NFPO-std": f"{NFPO} --learned-base-std",
+    "NFPO-std-2e-4": f"{NFPO} --learned-base-std --learning-rate 2e-4",
     "NFPO-std-lr": f"{NFPO} --learned-base-std --learning-rate 1e-4",
     "NFPO-std-flat": f"{NFPO} --learned-base-std --learning-rate 1e-4 --no-anneal-lr",
-    "NFPO-std-2e-4": f"{NFPO} --learned-base-std --learning-rate 2e-4",
     "NFPO-std-tight": f"{NFPO} --learned-base-std --scale-bound 0.1",
     "NFPO-std-kl": f"{NFPO} --learned-base-std --target-kl 0.05",
-    "PPO-lr": "benchmarks/baselines/ppo_continuous_action.py --learning-rate 1e-4",
+    # The control: would the Gaussian gain as much from the learning rate alone?
+    "PPO-flat": f"{PPO} --learning-rate 1e-4 --no-anneal-lr",
     # Figure 6: the same flags for both, without tuning either.
     "NFPO-grid": f"{NFPO} {GRIDWORLD_FLAGS}",
-    "PPO-grid": f"benchmarks/baselines/ppo_continuous_action.py {GRIDWORLD_FLAGS}",
+    "PPO-grid": f"{PPO} {GRIDWORLD_FLAGS}",
     # Figures 2 to 4 and S2: one flag at a time.
     **{f"scale-{fn}": f"{NFPO} --scale-fn {fn}" for fn in ("none", "zero", "clip", "asymmetric")},
     **{f"tanh-{bound:g}": f"{NFPO} --scale-bound {bound:g}" for bound in (0.1, 0.25, 1, 2)},
@@ -84,9 +86,11 @@ EASIER = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4")
 ABLATION = ("Humanoid-v4", "Hopper-v4")
 GRIDWORLD = "benchmarks.envs.gridworld:GridWorld-v0"
 GRID = [
-    Experiment("S1", MUJOCO, ("NFPO", "PPO", "NFPO-std-lr", "PPO-lr"), 5, 1_000_000),
+    Experiment("S1", MUJOCO, ("NFPO", "PPO", "NFPO-std-flat", "PPO-flat"), 5, 1_000_000),
     Experiment("S1", ("Humanoid-v4", "HalfCheetah-v4"), ("PPO-mixture",), 5, 1_000_000),
-    Experiment("S1-screen", EASIER, ("NFPO-std", "NFPO-std-2e-4", "NFPO-std-flat", "NFPO-std-tight"), 1, 1_000_000),
+    Experiment("S1-screen", MUJOCO, ("NFPO-std-lr",), 1, 1_000_000),
+    Experiment("S1-screen", EASIER, ("NFPO-std", "NFPO-std-2e-4"), 1, 1_000_000),
+    Experiment("S1-screen", ("HalfCheetah-v4", "Hopper-v4"), ("NFPO-std-tight",), 1, 1_000_000),
     Experiment("S1-screen", ("HalfCheetah-v4",), ("NFPO-std-kl",), 1, 1_000_000),
     Experiment("6", (GRIDWORLD,), ("NFPO-grid", "PPO-grid"), 5, 131_072),
     Experiment("2", ABLATION, ("NFPO", "scale-none", "scale-zero", "scale-clip", "scale-asymmetric"), 3, 500_000),
