@@ -133,11 +133,19 @@ def test_starts_apart_and_as_wide_as_the_twin(num_components):
 
 
 def test_compiled():
-    """The compiler takes sampling and the whole gradient; `compile_ahead` compares them with PyTorch."""
+    """The compiler takes sampling and the whole gradient, forward and backward, and computes what PyTorch does."""
     torch.manual_seed(0)
-    policy, critic, args = MixturePolicy(OBS_DIM, 3), nfpo.Critic(OBS_DIM), nfpo.Args(num_steps=8, num_minibatches=1)
+    policy, critic = MixturePolicy(OBS_DIM, 3), nfpo.Critic(OBS_DIM)
+    args = nfpo.Args(num_envs=8, num_steps=1, num_minibatches=1)
     sample, gradient = nfpo.compile_functions(policy, critic, args, OBS_DIM, 3, torch.device("cpu"))
     assert sample != policy.sample and gradient is not nfpo.minibatch_gradient  # not given up
+    obs = observations(8).float()
+    action, log_prob = policy.sample(obs)
+    minibatch = obs, action.detach(), log_prob.detach(), *torch.randn(3, 8)
+    expected, _ = nfpo.minibatch_gradient(policy, critic, args, *minibatch)
+    found, _ = gradient(policy, critic, args, *minibatch)
+    torch.testing.assert_close(found, expected)
+    assert sample(obs)[0].shape == (8, 3)
 
 
 def test_command_line(cli, tmp_path, monkeypatch):
