@@ -1228,7 +1228,8 @@ def compile_ahead(function, networks: tuple[nn.Module, ...], inputs: tuple[torch
     graph = make_fx(with_state)(tensors, *inputs)  # gradients are operations like others in here
     kinds = [(x.shape, x.stride(), x.dtype, x.device.type) for x in (*tensors, *inputs)]
     constants = [x.tolist() for x in graph.buffers()]
-    machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    # The compiler uses whatever this processor has, and a cache may lie on a disk that a whole cluster sees.
+    machine = torch.__version__, sorted(torch.cpu.get_capabilities().items()), torch.get_num_threads()
     recipe = repr((machine, graph.code, kinds, constants))
     package = Path(cache_dir(), f"nfpo-{hashlib.sha256(recipe.encode()).hexdigest()}.pt2")
     if not package.exists():

@@ -295,8 +295,23 @@ def figure_s1_aggregate(results: Results, folder: Path) -> None:
     save(figure, folder / "figure_S1_aggregate.png")
 
 
+def figure_s1_updates(results: Results, folder: Path) -> None:
+    """How far an update goes and how much noise is left, the two things that set the contenders apart."""
+    figure, grid = plt.subplots(2, len(MUJOCO), figsize=(20, 7.5), layout="constrained", sharex=True)
+    for axes, env_id in zip(grid.T, MUJOCO):
+        draw_curves(axes[0], results, env_id, contenders(results), STEPS_1M, "approx_kl", "approximate KL divergence")
+        draw_curves(axes[1], results, env_id, contenders(results), STEPS_1M, "entropy", "entropy (nats)")
+        axes[0].set(yscale="log", xlabel="")
+        axes[1].set(title="")
+    lines = {text.split(" (")[0]: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels())}
+    if lines:
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))
+    save(figure, folder / "figure_S1_updates.png")
+
+
 PICTURES = {
     "S1": ("figure_S1.png", "figure_S1_aggregate.png"),
+    "updates": ("figure_S1_updates.png",),
     **{name: (f"figure_{name}.png",) for name in ("2", "3", "4", "S2", "6")},
     "cost": (),
 }
@@ -381,6 +396,27 @@ def table_s1(results: Results) -> str:
         rows.append([f"{algorithm}, {steps / 1e6:g}M steps, {source}", *(by_env.get(e, "") for e in MUJOCO)])
     parts += ["Published by others, cited and not measured here (mean ± deviation over seeds):", ""]
     return "\n".join([*parts, markdown(["", *MUJOCO], rows)])
+
+
+def table_updates(results: Results) -> str:
+    """What figure_s1_updates draws, as one number a cell: medians over bins and seeds."""
+
+    def table(name: str, begin: int, end: int, digits: int) -> str:
+        rows = []
+        for variant in contenders(results):
+            cells = []
+            for env_id in MUJOCO:
+                curve = results.curve(env_id, variant, STEPS_1M, name)
+                within = curve and curve[1][:, (begin < curve[0]) & (curve[0] <= end)]
+                cells.append(f"{np.median(within):.{digits}f}" if curve and within.size else "-")
+            rows.append([variant, *cells])
+        return markdown(["", *MUJOCO], rows)
+
+    tenth = STEPS_1M // 10
+    parts = ["Approximate KL divergence of an iteration, first tenth of the steps:", ""]
+    parts += [table("approx_kl", 0, tenth, 3), "", "Return in the second tenth:", ""]
+    parts += [table("episodic_return", tenth, 2 * tenth, 0), "", "Entropy in nats, last tenth:", ""]
+    return "\n".join([*parts, table("entropy", STEPS_1M - tenth, STEPS_1M, 1)])
 
 
 def ratio(results: Results, env_id: str, variant: str, column: str = TRAINING) -> Optional[float]:
@@ -619,10 +655,11 @@ def main() -> None:
     print(f"{count} ended runs in {args.runs_dir}; {len(results.runs)} in {args.results / 'runs.csv'}")
     figure_s1(results, args.figures)
     figure_s1_aggregate(results, args.figures)
+    figure_s1_updates(results, args.figures)
     for name in ABLATION_ROWS:
         figure_ablation(results, name, args.figures)
     pages = {"S1": table_s1(results), **{name: table_ablation(results, name) for name in ABLATION_ROWS}}
-    pages |= {"6": table_gridworld(results), "cost": table_cost(results)}
+    pages |= {"updates": table_updates(results), "6": table_gridworld(results), "cost": table_cost(results)}
     parts = {"summary": summary(results), "state": state(results)}
     for name, text in pages.items():
         # A picture is shown where there is one: a figure without runs is not drawn.

@@ -77,6 +77,16 @@ def test_other_constants_are_another_library(cache):
     assert len(list(cache.glob("*.pt2"))) == 2
 
 
+def test_other_processor_is_another_library(cache, monkeypatch):
+    """A library made for one processor may hold instructions that the next one does not know."""
+    policy, obs = nfpo.FlowPolicy(5, 3, num_layers=1), torch.randn(4, 5)
+    compile_sample(policy, obs)
+    other = {**torch.cpu.get_capabilities(), "cpu_name": "another one"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: other)
+    compile_sample(policy, obs)
+    assert len(list(cache.glob("*.pt2"))) == 2
+
+
 class Drifting(nfpo.FlowPolicy):
     """Computes something else at each call, which no compiled function can."""
 
