@@ -77,6 +77,23 @@ def test_other_constants_are_another_library(cache):
     assert len(list(cache.glob("*.pt2"))) == 2
 
 
+class Shifted(nfpo.FlowPolicy):
+    """A reader's policy with a tensor that is neither parameter nor buffer."""
+
+    def sample(self, obs, temperature=1.0):
+        actions, log_probs = super().sample(obs, temperature)
+        return actions + self.shift, log_probs
+
+
+def test_other_tensor_is_another_library(cache):
+    """Same graph, other numbers in a tensor that the graph holds: not the library of before."""
+    for shift in (0.0, 1.0):
+        policy = Shifted(5, 3, num_layers=1)
+        policy.shift = torch.full((3,), shift)
+        compile_sample(policy, torch.randn(4, 5))  # compares with PyTorch
+    assert len(list(cache.glob("*.pt2"))) == 2
+
+
 def test_other_processor_is_another_library(cache, monkeypatch):
     """A library made for one processor may hold instructions that the next one does not know."""
     policy, obs = nfpo.FlowPolicy(5, 3, num_layers=1), torch.randn(4, 5)
