@@ -19,6 +19,7 @@ training run needs in order not to lose, repeat or hide anything.
 """
 
 import dataclasses
+import datetime
 import difflib
 import errno
 import hashlib
@@ -208,15 +209,17 @@ def check_args(args: Args, policy_class: type, world_size: int = 1) -> None:
             f"--total-timesteps is {args.total_timesteps}, allowed is at least one batch: num_steps * num_envs * "
             f"processes = {args.batch_size * world_size}"
         )
-    if args.export_onnx and not args.evaluate:
-        raise BadInput("--export-onnx needs --evaluate RUN, the run to export")
-    if args.export_onnx and not Path(args.export_onnx).absolute().parent.is_dir():
-        raise BadInput(f"--export-onnx is {args.export_onnx}, allowed is a file in an existing folder")
+    if args.export_onnx is not None:
+        if args.evaluate is None:
+            raise BadInput("--export-onnx needs --evaluate RUN, the run to export")
+        path = Path(args.export_onnx).absolute()
+        if path.is_dir() or not path.parent.is_dir():
+            raise BadInput(f"--export-onnx is {args.export_onnx}, allowed is a file in an existing folder")
     if not issubclass(policy_class, FlowPolicy):
         for name in FLOW_FLAGS:
             if getattr(args, name) != getattr(Args, name):
                 raise BadInput(f"{as_flag(name)} is {getattr(args, name)}, but {policy_class.__name__} has no flow")
-    if args.cuda and not args.evaluate and not torch.cuda.is_available():
+    if args.cuda and args.evaluate is None and not torch.cuda.is_available():
         raise BadInput("--cuda is given, but PyTorch finds no GPU here")
 
 
@@ -247,12 +250,15 @@ class ResumableEnv(gym.Wrapper):
     def step(self, action):
         return *self.env.step(action.reshape(self.action_shape))[:4], {}
 
-    def is_mujoco(self) -> bool:
-        return type(getattr(self.unwrapped, "data", None)).__name__ == "MjData"
+    def is_restorable(self) -> bool:
+        """Whether it is one of Gymnasium's MuJoCo tasks: what others keep beside the simulator's state is unknown."""
+        env = self.unwrapped
+        wrapped = gym.spec(env.spec.id).additional_wrappers
+        return type(env).__module__.startswith("gymnasium.envs.mujoco.") and not wrapped
 
     def get_state(self) -> Optional[dict]:
-        """Everything the next step depends on, or None where the environment is not MuJoCo's."""
-        if not self.is_mujoco():
+        """Everything the next step depends on, or None where that is not known."""
+        if not self.is_restorable():
             return None
         import mujoco
 
@@ -525,6 +531,9 @@ class FlowPolicy(nn.Module):
         scale_fn: "tanh" (the paper's), "clip", "none", "zero" or "asymmetric".
         learned_base_std: give the base distribution N(0, diag(sigma^2)) a learned sigma instead of 1.
 
+    Compute probabilities in float32: under bfloat16 those of `sample` and `log_prob` differ by up to 0.1, half of what
+    PPO clips at.
+
     Raises:
         ValueError: for an unknown `scale_fn`, a size below 1 or a bound that is not above 0.
     """
@@ -568,12 +577,12 @@ class FlowPolicy(nn.Module):
         return self.base_log_prob(z) + log_det
 
     def sample(self, obs: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw actions (Algorithm 1, lines 4-6). (B, obs_dim) -> actions (B, D), log-probabilities (B,).
+        """Draw actions (Algorithm 1, lines 4-6). (..., obs_dim) -> actions (..., D), log-probabilities (...).
 
         `temperature` multiplies the standard deviation of the base noise, and 0 gives the deterministic policy
         (Sec. A.6). The log-probability is always that of the policy at temperature 1.
         """
-        z = obs.new_zeros(obs.shape[0], self.action_dim)
+        z = obs.new_zeros(*obs.shape[:-1], self.action_dim)
         if temperature > 0:
             z = temperature * torch.randn_like(z)
             if self.base_log_std is not None:
@@ -629,11 +638,13 @@ class FlowPolicy(nn.Module):
         """What the paper diagnoses instability with (Fig. 2): log-determinant, size and saturation of the scales."""
         _, log_scales = self.transform(obs, action)
         size = torch.cat(log_scales, dim=-1).abs()
-        return {
+        found = {
             "flow/log_det": sum(log_scale.sum(-1) for log_scale in log_scales).mean().item(),
             "flow/scale_abs_mean": size.mean().item(),
-            "flow/scale_saturation": (size > 0.95 * self.scale_bound).float().mean().item(),  # share of |tanh| > 0.95
         }
+        if self.layers[0].scale_fn in ("tanh", "clip"):  # the others are not bounded by l
+            found["flow/scale_saturation"] = (size > 0.95 * self.scale_bound).float().mean().item()
+        return found
 
 
 class Critic(nn.Module):
@@ -797,7 +808,8 @@ def compute_gae(
         terminated: 0/1 or bool, the state had no future: no bootstrap. A time limit is not a termination.
         done: 0/1 or bool, terminated or truncated: the next row is another episode, so the trace is cut.
     """
-    deltas = rewards + gamma * next_values * (1 - terminated.to(values)) - values
+    # Filled and not multiplied by 0: where a simulation broke and the episode was ended for it, the value may be NaN.
+    deltas = rewards + gamma * next_values.masked_fill(terminated.bool(), 0.0) - values
     decays = gamma * gae_lambda * (1 - done.to(values))
     advantages, last = [], torch.zeros_like(values[0])
     for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
@@ -907,7 +919,7 @@ def ppo_update(
         "losses/old_approx_kl": stats[-1, 2].item(),
         "losses/approx_kl": stats[-1, 3].item(),
         "losses/clipfrac": stats[:, 4].mean().item(),
-        "losses/entropy": -old_log_probs.mean().item(),  # of the policy that acted, from its own samples
+        "losses/entropy": -rollout.log_probs.mean().item(),  # of the policy that acted, from its own samples
         "losses/explained_variance": (1 - (returns - rollout.values).var() / variance).item() if variance > 0 else 0.0,
         "losses/grad_norm": torch.stack(grad_norms).mean().item(),
     }
@@ -975,22 +987,22 @@ def load_checkpoint(path: str | Path, policy_class: Optional[type] = None, flag:
     return checkpoint
 
 
-def random_state() -> dict:
-    """The states of all random number generators of this process."""
+def random_state(device: torch.device) -> dict:
+    """The states of all random number generators that this process uses."""
     name, keys, *rest = np.random.get_state()
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "python": [version, list(internal), gauss],
     }
 
 
-def set_random_state(state: dict) -> None:
+def set_random_state(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], device)
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]
@@ -1017,7 +1029,11 @@ def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
 
 
 class DeployedPolicy(nn.Module):
-    """What a robot runs: raw observations (B, obs_dim) in, actions (B, action_dim) clipped to the Box out."""
+    """What a robot runs: raw observations (B, obs_dim) in, actions (B, action_dim) clipped to the Box out.
+
+    Infinite and huge observations are clipped too. NaN is not: one in an observation makes all of its actions NaN, so
+    check the sensors before, or the actions after.
+    """
 
     def __init__(self, policy: nn.Module, obs_stats: RunningMeanStd, low: np.ndarray, high: np.ndarray):
         super().__init__()
@@ -1158,7 +1174,7 @@ class Progress:
             self.bar.update(step - self.bar.n)
         elif now - self.last_time >= 10 or step >= self.total:
             self.last_time = now
-            left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / sps))
+            left = datetime.timedelta(seconds=int((self.total - step) / sps))
             print(
                 f"step {step}/{self.total}  return {episodic_return:.1f}  {sps:.0f} steps/s  KL {kl:.4f}  ETA {left}",
                 flush=True,
@@ -1255,7 +1271,7 @@ def compile_functions(policy, critic, args: Args, obs_dim: int, action_dim: int,
     if not args.compile:
         return policy.sample, minibatch_gradient
     print("Compiling; the first time on a machine this takes up to a minute (--no-compile starts at once).", flush=True)
-    before, validates = random_state(), torch.distributions.Distribution._validate_args
+    before, validates = random_state(device), torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(False)  # values are not known while a graph is made
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -1273,7 +1289,7 @@ def compile_functions(policy, critic, args: Args, obs_dim: int, action_dim: int,
         print(f"PyTorch's compiler does not work here ({reason}): going on eagerly, slower.")
         return policy.sample, minibatch_gradient
     finally:
-        set_random_state(before)
+        set_random_state(before, device)
         torch.distributions.Distribution.set_default_validate_args(validates)
     return sample, lambda policy, critic, args, *minibatch: gradient(*minibatch)
 
@@ -1287,11 +1303,11 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
         BadInput: with nothing left behind.
         NonFinite: where losses, parameters or actions stop being numbers; the last good checkpoint is kept.
     """
-    rank, world_size, local_rank = (
-        int(os.environ.get(k, d)) for k, d in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010")
-    )
-    if args.resume:
-        found = json.loads(Path(args.resume, "args.json").read_text())["policy_class"]
+    distributed = "RANK" in os.environ  # started by torchrun
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, world_size, local_rank = (int(os.environ[name]) for name in names) if distributed else (0, 1, 0)
+    if args.resume is not None:
+        found, _ = read_args(args.resume)
         if found != policy_class.__name__:  # said before a flag that only the other policy has is said to be wrong
             raise BadInput(f"--resume is {args.resume}, a run of {found}; this script trains {policy_class.__name__}")
     check_args(args, policy_class, world_size)
@@ -1300,8 +1316,7 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     torch.set_num_threads(args.torch_threads)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     device = torch.device("cuda", local_rank) if args.cuda else torch.device("cpu")
-    distributed = "RANK" in os.environ
-    if distributed:  # started by torchrun
+    if distributed:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.cuda else "gloo")
     envs, run_dir = None, None
     try:
@@ -1324,7 +1339,7 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
 
 def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tuple[Path, Optional[dict]]:
     """The run's folder, made anew or resumed, and the checkpoint to continue from, if there is one."""
-    if args.resume:
+    if args.resume is not None:
         run_dir, checkpoint = Path(args.resume), None
         if (run_dir / "checkpoint.pt").exists():
             checkpoint = load_checkpoint(run_dir, policy_class, "--resume")
@@ -1406,7 +1421,7 @@ def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, worl
             collector.reset(env_seed + global_step)
             if is_main:
                 print(f"{args.env_id} cannot be restored within an episode: its episodes start anew.")
-        set_random_state(mine["random"])
+        set_random_state(mine["random"], device)
     sample, gradient_fn = compile_functions(policy, critic, args, obs_dim, action_dim, device)
 
     writer = open_logs(args, run_dir, new=checkpoint is None) if is_main else None
@@ -1446,7 +1461,7 @@ def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, worl
 
             stop_signal = agree_on(stop.number)
             if (iteration - 1) % args.checkpoint_interval == 0 or iteration == num_iterations or stop_signal:
-                processes = gather_processes({"collector": collector.state_dict(), "random": random_state()})
+                processes = gather_processes({"collector": collector.state_dict(), "random": random_state(device)})
                 if is_main:
                     writer.flush()
                     checkpoint = {
@@ -1454,8 +1469,9 @@ def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, worl
                         "args": dataclasses.asdict(args),
                         "iteration": iteration,
                         "global_step": global_step,
-                        "policy": policy.state_dict(),
-                        "critic": critic.state_dict(),
+                        # Copies, or each would bring along the whole vector that it is a view of.
+                        "policy": {name: x.clone() for name, x in policy.state_dict().items()},
+                        "critic": {name: x.clone() for name, x in critic.state_dict().items()},
                         "optimizer": optimizer.state_dict(),
                         "recent_returns": list(recent),
                         "processes": processes,
@@ -1536,12 +1552,22 @@ def print_summary(run_dir: Path, global_step: int, sps: int, seconds: float, rec
         print(f"Last {len(recent)} episodes: return {np.mean(recent):.1f} ± {np.std(recent):.1f}")
     print(f"{global_step} steps; this session took {seconds:.0f} s at {sps} steps/s. Everything is in {run_dir}")
     if stop_signal:
-        print(f"Stopped by {signal.Signals(stop_signal).name} and saved. Continue: {command} --resume {run_dir}")
+        again = f"torchrun, as before, {sys.argv[0]}" if dist.is_initialized() else command
+        print(f"Stopped by {signal.Signals(stop_signal).name} and saved. Continue: {again} --resume {run_dir}")
         return
     print(f"  evaluate  {command} --evaluate {run_dir}")
     print(f"  film      {command} --evaluate {run_dir} --capture-video")
     print(f"  export    {command} --evaluate {run_dir} --export-onnx policy.onnx")
     print(f"  curves    tensorboard --logdir {run_dir.parent}")
+
+
+def read_args(run_dir: str | Path) -> tuple[str, dict]:
+    """Policy class and arguments of a run. Raises `BadInput` where its args.json cannot be read."""
+    try:
+        saved = json.loads(Path(run_dir, "args.json").read_text())
+        return saved.pop("policy_class"), saved
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--resume is {run_dir}, which holds no run (no readable args.json)") from error
 
 
 def parse_args(
@@ -1554,28 +1580,26 @@ def parse_args(
     """
     description = __doc__.split("\n")[0]
     args = tyro.cli(Args, args=argv, default=defaults or Args(), description=description)
-    if not (args.resume or args.evaluate):
+    resumes, evaluates = args.resume is not None, args.evaluate is not None  # an empty name is one, and a bad one
+    if not (resumes or evaluates):
         return args
-    if args.resume and args.evaluate:
+    if resumes and evaluates:
         raise BadInput("--resume and --evaluate are given, allowed is one of them")
-    flag, path = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
-    if args.resume:
-        try:
-            saved = json.loads(Path(path, "args.json").read_text())
-            saved.pop("policy_class")
-        except (OSError, ValueError, KeyError) as error:
-            raise BadInput(f"--resume is {path}, which holds no run (no readable args.json)") from error
+    flag, path = ("--resume", args.resume) if resumes else ("--evaluate", args.evaluate)
+    if resumes:
+        _, saved = read_args(path)
     else:
         saved = {
             **load_checkpoint(path, policy_class)["args"],
-            "capture_video": False,
-        }  # whether training was filmed says nothing
+            "capture_video": False,  # whether training was filmed, or continued from somewhere, says nothing
+            "resume": None,
+        }
     try:
         saved = Args(**saved)
     except TypeError as error:
         raise BadInput(f"{flag} is {path}, a run with other arguments than this script's: {error}") from error
     args = tyro.cli(Args, args=argv, default=saved, description=description)
-    free = RESUME_FLAGS if args.resume else EVALUATE_FLAGS
+    free = RESUME_FLAGS if resumes else EVALUATE_FLAGS
     for name, value in dataclasses.asdict(args).items():
         if name not in free and value != getattr(saved, name):
             raise BadInput(
@@ -1588,7 +1612,7 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
     """The command line: train, resume or evaluate."""
     try:
         args = parse_args(defaults=defaults, policy_class=policy_class)
-        if args.evaluate:
+        if args.evaluate is not None:
             check_args(args, policy_class)
             torch.set_num_threads(args.torch_threads)
             returns = evaluate(

@@ -2,6 +2,7 @@
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 
 
 class PointMass(gym.Env):
@@ -31,4 +32,19 @@ class PointMass(gym.Env):
         return (5 + 0.1 * self.position).astype(np.float32)
 
 
+class CommandedHopper(HopperEnv):
+    """Follows a command that is drawn at each reset, and that the simulator knows nothing of."""
+
+    def reset_model(self):
+        self.command = self.np_random.uniform(0, 2)
+        return super().reset_model()
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, -abs(self.data.qvel[0] - self.command), *rest
+
+
 gym.register("PointMass-v0", PointMass, max_episode_steps=20)
+gym.register("CommandedHopper-v0", CommandedHopper, max_episode_steps=1000)
+STACKED = gym.wrappers.FrameStackObservation.wrapper_spec(stack_size=2)
+gym.register("WrappedHopper-v0", HopperEnv, max_episode_steps=1000, additional_wrappers=(STACKED,))

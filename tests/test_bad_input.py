@@ -143,6 +143,7 @@ def test_missing_run(flag, cli):
     assert_one_line(cli(flag, "nowhere"), flag, "nowhere", "holds no")
     (cli.folder / "empty").mkdir()
     assert_one_line(cli(flag, "empty"), flag, "empty", "holds no")
+    assert_one_line(cli(flag, ""), flag, "holds no")  # a variable of the shell that is not set
 
 
 @pytest.mark.parametrize("kept", [0, 10, 5000, -100])
@@ -194,6 +195,25 @@ def test_not_this_scripts_run(flag, cli):
     (cli.folder / "other" / "args.json").write_text(json.dumps({"lr": 1}))
     (cli.folder / "other" / "checkpoint.pt").write_text("hello")
     assert_one_line(cli(flag, "other"), flag, "other")
+    (cli.folder / "other" / "args.json").write_text("[]")
+    assert_one_line(cli(flag, "other"), flag, "other")
+
+
+def test_export_to_a_folder(cli, hopper_run):
+    """Said before an episode is played."""
+    assert_one_line(cli("--evaluate", hopper_run, "--export-onnx", "."), "--export-onnx", "allowed is a file")
+
+
+def test_resume_of_nothing_by_function():
+    """`train` raises what its docstring says."""
+    with pytest.raises(nfpo.BadInput, match="--resume is nowhere"):
+        nfpo.train(nfpo.Args(resume="nowhere"))
+
+
+def test_a_clusters_variables(cli, monkeypatch):
+    """WORLD_SIZE alone, as some schedulers set it, is no torchrun."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli(*SMALL, "--env-id", "Pendulum-v1").status == 0
 
 
 def test_strangers_code_is_not_run(cli, hopper_run):

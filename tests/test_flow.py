@@ -131,6 +131,18 @@ def test_sample_hands_out_the_log_prob_of_its_action(policy_class, action_dim, v
         torch.testing.assert_close(log_prob, policy.log_prob(obs, action), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("learned_base_std", [False, True])
+@pytest.mark.parametrize("shape", [(), (1,), (4, 4), (3, 1, 2)])
+def test_sample_takes_any_leading_shape(shape, learned_base_std):
+    """One observation gives one action, a stack of batches a stack of batches with noise of its own everywhere."""
+    policy = random_policy(4, learned_base_std=learned_base_std)
+    obs = observations(1)[0].expand(*shape, OBS_DIM)
+    action, log_prob = policy.sample(obs)
+    assert action.shape == (*shape, 4) and log_prob.shape == shape
+    torch.testing.assert_close(log_prob, policy.log_prob(obs, action), rtol=1e-10, atol=1e-10)
+    assert len(action.reshape(-1, 4).unique(dim=0)) == obs.numel() // OBS_DIM
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_temperature_0_is_the_flow_run_backwards_from_0(variant):
     """At temperature 0 the policy is deterministic and gives f^-1(0; o) (Sec. A.6)."""
@@ -266,3 +278,5 @@ def test_diagnostics_are_the_log_det_size_and_saturation_of_the_scales(scale_bou
     }
     assert 0.1 < expected["flow/scale_saturation"] < 0.9
     assert policy.diagnostics(obs, action) == pytest.approx(expected, rel=1e-6)
+    for scale_fn in ("none", "zero", "asymmetric"):  # without a bound l nothing can be near it
+        assert "flow/scale_saturation" not in random_policy(4, scale_fn=scale_fn).diagnostics(obs, action)

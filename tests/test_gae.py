@@ -43,6 +43,14 @@ def test_gae_is_the_discounted_sum_of_td_errors_until_the_episode_ends(as_float,
             assert advantages[t, env].item() == pytest.approx(expected, abs=1e-12)
 
 
+def test_gae_has_no_use_for_the_value_of_a_terminated_state():
+    """A simulation that broke may end its episode with an observation, and so a value, that is no number."""
+    rewards, values, next_values, terminated, done = random_rollout(seed=3)
+    expected = compute_gae(rewards, values, next_values, terminated, done, 0.9, 0.95)
+    next_values[terminated] = float("nan")
+    assert torch.equal(compute_gae(rewards, values, next_values, terminated, done, 0.9, 0.95), expected)
+
+
 def test_gae_with_lambda_1_is_the_discounted_return_minus_the_value():
     """With lambda 1 and consistent values, A_t + V_t is the return, bootstrapped unless the episode terminated."""
     gamma = 0.97

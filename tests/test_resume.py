@@ -236,6 +236,32 @@ def test_tracking_and_video_may_differ(hopper_copy, monkeypatch):
     assert args.track and args.capture_video and args.num_steps == 64
 
 
+def test_resumed_run_is_a_run(cli, hopper_copy):
+    """What was continued can be played and exported like any other, with the command that its end prints."""
+    checkpoint = nfpo.load_checkpoint(hopper_copy)
+    nfpo.save_checkpoint(hopper_copy / "checkpoint.pt", {**checkpoint, "iteration": 1, "global_step": 64})
+    ended = cli("--resume", hopper_copy)
+    assert ended.status == 0 and "--capture-video" in ended.out
+    (command,) = (line for line in ended.out.splitlines() if line.strip().startswith("export"))
+    ended = cli(*command.split("nfpo_continuous_action.py ")[1].split(), "--eval-episodes", 1)
+    assert ended.status == 0 and Path("policy.onnx").exists(), ended.err
+
+
+@pytest.mark.parametrize("env_id", ["tests.envs:CommandedHopper-v0", "tests.envs:WrappedHopper-v0"])
+def test_own_simulations_are_not_said_to_be_restored(env_id):
+    """What a reader's own task or wrapper keeps beside the simulator's state is unknown: its episodes start anew."""
+    envs = build(env_id)
+    envs.reset(seed=1)
+    assert envs.call("get_state") == (None, None)
+    envs.close()
+
+
+def test_a_cpu_run_leaves_the_gpus_alone(monkeypatch):
+    """It can be resumed on a machine with fewer of them, or none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert nfpo.random_state(torch.device("cpu"))["cuda"] == []
+
+
 def test_other_environments_restart_their_episodes(cli):
     """What cannot be restored within an episode starts it anew and says so, and goes on with the rest."""
     flags = [*SMALL, "--env-id", "Pendulum-v1", "--total-timesteps", 64 * 6, "--checkpoint-interval", 100]
@@ -255,6 +281,8 @@ def test_checkpoint_is_plain(hopper_run):
     assert {"policy", "critic", "optimizer", "args", "iteration", "global_step", "processes"} <= checkpoint.keys()
     assert checkpoint["args"].items() <= json.loads((hopper_run / "args.json").read_text()).items()
     assert checkpoint["processes"][0]["random"].keys() >= {"torch", "numpy", "python"}
+    for x in (*checkpoint["policy"].values(), *checkpoint["critic"].values()):
+        assert x.untyped_storage().nbytes() == x.numel() * x.element_size()  # or saving the policy saves the critic
 
 
 def test_write_is_atomic(hopper_copy, monkeypatch):

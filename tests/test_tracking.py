@@ -90,3 +90,9 @@ def test_wandb_offline(tmp_path):
     for name in ("charts/episodic_return", "losses/approx_kl", "flow/log_det"):
         assert name.encode() in content, f"{name} was not mirrored"
     assert scalars(run_dir).keys() >= set(CLEANRL)
+
+
+def test_entropy_is_that_of_the_policy_that_acted(train_small):
+    """Noise on the stored actions, which comes after the rollout, does not show in it."""
+    first = [scalars(train_small("Hopper-v4", action_noise=noise))["losses/entropy"][0] for noise in (0.0, 2.0)]
+    assert first[0] == first[1]
