@@ -1561,7 +1561,7 @@ def print_summary(run_dir: Path, global_step: int, sps: int, seconds: float, rec
     print(f"  curves    tensorboard --logdir {run_dir.parent}")
 
 
-def read_args(run_dir: str | Path) -> tuple[str, dict]:
+def read_args(run_dir: str) -> tuple[str, dict]:
     """Policy class and arguments of a run. Raises `BadInput` where its args.json cannot be read."""
     try:
         saved = json.loads(Path(run_dir, "args.json").read_text())

@@ -32,6 +32,7 @@ except ImportError as error:
 import argparse
 import copy
 import dataclasses
+import datetime
 import difflib
 import errno
 import importlib
@@ -236,9 +237,11 @@ def check_args(args: Args, policy_class: type, world_size: int = 1) -> None:
         raise BadInput("--anneal-lr and --desired-kl are given, allowed is one of them: both set the learning rate")
     exports = {"export_jit": args.export_jit, "export_onnx": args.export_onnx}
     for name, file in exports.items():
-        if file and not args.evaluate:
+        if file is None:
+            continue
+        if args.evaluate is None:
             raise BadInput(f"{as_flag(name)} needs --evaluate RUN, the run to export")
-        if file and not Path(file).absolute().parent.is_dir():
+        if Path(file).is_dir() or not Path(file).absolute().parent.is_dir():
             raise BadInput(f"{as_flag(name)} is {file}, allowed is a file in an existing folder")
     if args.eval_episodes < (0 if any(exports.values()) else 1):
         raise BadInput(f"--eval-episodes is {args.eval_episodes}, allowed is at least 1, or 0 beside an export")
@@ -246,7 +249,7 @@ def check_args(args: Args, policy_class: type, world_size: int = 1) -> None:
         for name in FLOW_FLAGS:
             if getattr(args, name) != getattr(Args, name):
                 raise BadInput(f"{as_flag(name)} is {getattr(args, name)}, but {policy_class.__name__} has no flow")
-    if not (args.evaluate and args.eval_episodes == 0):
+    if args.evaluate is None or args.eval_episodes > 0:
         check_device(args.device)
 
 
@@ -653,6 +656,8 @@ class FlowPolicy(nn.Module):
 
     def encode(self, obs: torch.Tensor) -> tuple:
         """The observation's part of each layer's first matrix product: (B, obs_dim) to K of (hidden_dim, B)."""
+        if obs.dim() != 2:
+            raise ValueError(f"observations are of shape {tuple(obs.shape)}, allowed is (B, obs_dim)")
         features = self.obs_encoder.weight @ obs.t() + self.obs_encoder.bias[:, None]
         return features.chunk(self.num_layers)
 
@@ -670,11 +675,13 @@ class FlowPolicy(nn.Module):
         """What the paper diagnoses instability with (Fig. 2): log-determinant, size and saturation of the scales."""
         _, log_scales = self.transform(obs, action)
         size = torch.cat(log_scales).abs()
-        return {
+        found = {
             "flow/log_det": sum(log_scale.sum(0) for log_scale in log_scales).mean().item(),
             "flow/scale_abs_mean": size.mean().item(),
-            "flow/scale_saturation": (size > 0.95 * self.scale_bound).float().mean().item(),  # share of |tanh| > 0.95
         }
+        if self.layers[0].scale_fn in ("tanh", "clip"):  # the others are not bounded by l
+            found["flow/scale_saturation"] = (size > 0.95 * self.scale_bound).float().mean().item()
+        return found
 
 
 class Critic(nn.Module):
@@ -861,7 +868,8 @@ def compute_gae(
         terminated: 0/1 or bool, the state had no future: no bootstrap. A time limit is not a termination.
         done: 0/1 or bool, terminated or truncated: the next row is another episode, so the trace is cut.
     """
-    deltas = rewards + gamma * next_values * (1 - terminated.to(values)) - values
+    # Filled and not multiplied by 0: where a simulation broke and the episode was ended for it, the value may be NaN.
+    deltas = rewards + gamma * next_values.masked_fill(terminated.bool(), 0.0) - values
     decays = gamma * gae_lambda * (1 - done.to(values))
     advantages, last = [], torch.zeros_like(values[0])
     for delta, decay in zip(reversed(deltas.unbind()), reversed(decays.unbind())):
@@ -972,7 +980,7 @@ def ppo_update(policy, critic, optimizer, rollout: Rollout, args: Args, loss_fn=
         "losses/old_approx_kl": stats[-1, 2].item(),
         "losses/approx_kl": stats[-1, 3].item(),
         "losses/clipfrac": stats[:, 4].mean().item(),
-        "losses/entropy": -old_log_probs.mean().item(),  # of the policy that acted, from its own samples
+        "losses/entropy": -rollout.log_probs.mean().item(),  # of the policy that acted, from its own samples
         "losses/explained_variance": (1 - (returns - rollout.values).var() / variance).item() if variance > 0 else 0.0,
         "losses/grad_norm": torch.stack(grad_norms).mean().item(),
     }
@@ -1057,22 +1065,22 @@ def load_checkpoint(path: str | Path, policy_class: Optional[type] = None, flag:
     return checkpoint
 
 
-def random_state() -> dict:
-    """The states of all random number generators of this process."""
+def random_state(device: torch.device) -> dict:
+    """The states of all random number generators that this process uses."""
     name, keys, *rest = np.random.get_state()
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "python": [version, list(internal), gauss],
     }
 
 
-def set_random_state(state: dict) -> None:
+def set_random_state(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], device)
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]
@@ -1261,7 +1269,7 @@ class Progress:
             self.bar.update(step - self.bar.n)
         elif now - self.last_time >= 10 or step >= self.total:
             self.last_time = now
-            left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / sps))
+            left = datetime.timedelta(seconds=int((self.total - step) / sps))
             print(
                 f"step {step}/{self.total}  return {episodic_return:.1f}  {sps:.0f} steps/s  KL {kl:.4f}  ETA {left}",
                 flush=True,
@@ -1326,7 +1334,7 @@ def compile_functions(policy, critic, args: Args, envs, device: torch.device):
         torch.compile(minibatch_loss, dynamic=False, fullgraph=True),
     )
     print("Compiling; the first time on a machine this takes up to a minute (--no-compile starts at once).", flush=True)
-    state = random_state()
+    state = random_state(device)
     try:
         widths = (envs.obs_dim, envs.critic_obs_dim or envs.obs_dim, envs.action_dim)
         obs, *minibatch = (torch.randn(args.minibatch_size, width, device=device) for width in widths)
@@ -1350,7 +1358,7 @@ def compile_functions(policy, critic, args: Args, envs, device: torch.device):
         print(f"torch.compile does not work here ({str(error).strip().splitlines()[0]}): going on eagerly, slower.")
         return policy.sample, minibatch_loss
     finally:
-        set_random_state(state)
+        set_random_state(state, device)
     return compiled
 
 
@@ -1363,12 +1371,11 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
         BadInput: with nothing left behind.
         NonFinite: where losses or parameters stop being numbers; the last good checkpoint is kept.
     """
-    rank, world_size, local_rank = (
-        int(os.environ.get(k, d)) for k, d in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010")
-    )
     distributed = "RANK" in os.environ  # started by torchrun
-    if args.resume:
-        found = json.loads(Path(args.resume, "args.json").read_text())["policy_class"]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, world_size, local_rank = (int(os.environ[name]) for name in names) if distributed else (0, 1, 0)
+    if args.resume is not None:
+        found, _ = read_args(args.resume)
         if found != policy_class.__name__:  # said before a flag that only the other policy has is said to be wrong
             raise BadInput(f"--resume is {args.resume}, a run of {found}; this script trains {policy_class.__name__}")
     if distributed and args.device.startswith("cuda"):
@@ -1402,7 +1409,7 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
 
 def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tuple[Path, Optional[dict]]:
     """The run's folder, made anew or resumed, and the checkpoint to continue from, if there is one."""
-    if args.resume:
+    if args.resume is not None:
         run_dir, checkpoint = Path(args.resume), None
         if (run_dir / "checkpoint.pt").exists():
             checkpoint = load_checkpoint(run_dir, policy_class, "--resume")
@@ -1474,7 +1481,7 @@ def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, worl
         mine = checkpoint["processes"][rank]
         collector.load_state_dict(mine["collector"])
         agreed = collector.stats()
-        set_random_state(mine["random"])
+        set_random_state(mine["random"], device)
         if is_main:
             print("Isaac Gym cannot be restored within an episode: all episodes start anew.")
     collector.reset(args.random_initial_steps)
@@ -1514,7 +1521,7 @@ def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, worl
 
             stop_signal = agree_on(stop.number)
             if (iteration - 1) % args.checkpoint_interval == 0 or iteration == num_iterations or stop_signal:
-                processes = gather_processes({"collector": collector.state_dict(), "random": random_state()})
+                processes = gather_processes({"collector": collector.state_dict(), "random": random_state(device)})
                 if is_main:
                     writer.flush()
                     checkpoint = {
@@ -1524,8 +1531,9 @@ def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, worl
                         "action_dim": envs.action_dim,
                         "iteration": iteration,
                         "global_step": global_step,
-                        "policy": policy.state_dict(),
-                        "critic": critic.state_dict(),
+                        # Copies, or each would bring along the whole vector that it is a view of.
+                        "policy": {name: x.clone() for name, x in policy.state_dict().items()},
+                        "critic": {name: x.clone() for name, x in critic.state_dict().items()},
                         "optimizer": optimizer.state_dict(),
                         "recent_returns": recent.recent,
                         "processes": processes,
@@ -1596,7 +1604,8 @@ def print_summary(run_dir: Path, global_step: int, sps: int, seconds: float, mea
     print(f"Return of the last episodes: {mean:.2f}")
     print(f"{global_step} steps; this session took {seconds:.0f} s at {sps} steps/s. Everything is in {run_dir}")
     if stop_signal:
-        print(f"Stopped by {signal.Signals(stop_signal).name} and saved. Continue: {command} --resume {run_dir}")
+        again = f"torchrun, as before, {sys.argv[0]}" if dist.is_initialized() else command
+        print(f"Stopped by {signal.Signals(stop_signal).name} and saved. Continue: {again} --resume {run_dir}")
         return
     print(f"  evaluate  {command} --evaluate {run_dir}")
     print(f"  watch     {command} --evaluate {run_dir} --eval-episodes 16 --no-headless")
@@ -1604,6 +1613,15 @@ def print_summary(run_dir: Path, global_step: int, sps: int, seconds: float, mea
         f"  export    {command} --evaluate {run_dir} --eval-episodes 0 --export-jit policy.pt --export-onnx policy.onnx"
     )
     print(f"  curves    tensorboard --logdir {run_dir.parent}")
+
+
+def read_args(run_dir: str) -> Tuple[str, dict]:
+    """Policy class and arguments of a run. Raises `BadInput` where its args.json cannot be read."""
+    try:
+        saved = json.loads(Path(run_dir, "args.json").read_text())
+        return saved.pop("policy_class"), saved
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--resume is {run_dir}, which holds no run (no readable args.json)") from error
 
 
 def parse_args(
@@ -1616,26 +1634,23 @@ def parse_args(
     """
     description = __doc__.split("\n")[0]
     args = tyro.cli(Args, args=argv, default=defaults or Args(), description=description)
-    if not (args.resume or args.evaluate):
+    resumes, evaluates = args.resume is not None, args.evaluate is not None  # an empty name is one, and a bad one
+    if not (resumes or evaluates):
         return args
-    if args.resume and args.evaluate:
+    if resumes and evaluates:
         raise BadInput("--resume and --evaluate are given, allowed is one of them")
-    flag, path = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
-    if args.resume:
-        try:
-            saved = json.loads(Path(path, "args.json").read_text())
-            saved.pop("policy_class")
-        except (OSError, ValueError, KeyError) as error:
-            raise BadInput(f"--resume is {path}, which holds no run (no readable args.json)") from error
+    flag, path = ("--resume", args.resume) if resumes else ("--evaluate", args.evaluate)
+    if resumes:
+        _, saved = read_args(path)
     else:
-        saved = load_checkpoint(path, policy_class)["args"]
+        saved = {**load_checkpoint(path, policy_class)["args"], "resume": None}  # whether it was continued says nothing
     try:
         saved = Args(**saved)
     except TypeError as error:
         raise BadInput(f"{flag} is {path}, a run with other arguments than this script's: {error}") from error
     saved.critic_hidden_dims = tuple(saved.critic_hidden_dims)  # JSON knows no tuples
     args = tyro.cli(Args, args=argv, default=saved, description=description)
-    free = RESUME_FLAGS if args.resume else EVALUATE_FLAGS
+    free = RESUME_FLAGS if resumes else EVALUATE_FLAGS
     for name, value in dataclasses.asdict(args).items():
         if name not in free and value != getattr(saved, name):
             raise BadInput(
@@ -1648,7 +1663,7 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
     """The command line: train, resume or evaluate."""
     try:
         args = parse_args(defaults=defaults, policy_class=policy_class)
-        if args.evaluate:
+        if args.evaluate is not None:
             check_args(args, policy_class)
             torch.set_num_threads(args.torch_threads)
             returns = evaluate(

@@ -21,6 +21,7 @@ compiled function from `TrainState` to `TrainState`; Python only logs, saves and
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import errno
 import functools
@@ -233,9 +234,11 @@ def check_args(args: Args, policy_class: type) -> None:
         raise BadInput("--anneal-lr and --desired-kl are given, allowed is one of them")
     for name in ("export_onnx", "export_npz"):
         path = getattr(args, name)
-        if path and not args.evaluate:
+        if path is None:
+            continue
+        if args.evaluate is None:
             raise BadInput(f"{as_flag(name)} needs --evaluate RUN, the run to export")
-        if path and not Path(path).absolute().parent.is_dir():
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
             raise BadInput(f"{as_flag(name)} is {path}, allowed is a file in an existing folder")
     if not issubclass(policy_class, FlowPolicy):
         for name in FLOW_FLAGS:
@@ -586,11 +589,13 @@ class FlowPolicy(nn.Module):
         """What the paper diagnoses instability with (Fig. 2): log-determinant, size and saturation of the scales."""
         _, log_scales = self.transform(obs, action)
         size = jnp.abs(jnp.concatenate(log_scales, axis=-1))
-        return {
+        found = {
             "flow/log_det": sum(log_scale.sum(-1) for log_scale in log_scales).mean(),
             "flow/scale_abs_mean": size.mean(),
-            "flow/scale_saturation": (size > 0.95 * self.scale_bound).mean(),  # share of |tanh| > 0.95
         }
+        if self.scale_fn in ("tanh", "clip"):  # the others are not bounded by l
+            found["flow/scale_saturation"] = (size > 0.95 * self.scale_bound).mean()
+        return found
 
 
 class Critic(nn.Module):
@@ -777,7 +782,8 @@ def compute_gae(rewards, values, next_values, terminated, done, gamma: float, ga
         terminated: 0/1 or bool, the state had no future: no bootstrap. A time limit is not a termination.
         done: 0/1 or bool, terminated or truncated: the next row is another episode, so the trace is cut.
     """
-    deltas = rewards + gamma * next_values * (1 - terminated) - values
+    # Chosen and not multiplied by 0: where a simulation broke and the episode was ended for it, the value may be NaN.
+    deltas = rewards + gamma * jnp.where(terminated > 0, 0.0, next_values) - values
     decays = gamma * gae_lambda * (1 - done)
 
     def step(last, now):
@@ -872,7 +878,7 @@ def ppo_update(learner: Learner, state: TrainState, rollout: Rollout) -> tuple[T
     (params, opt_state, learning_rate), metrics = jax.lax.scan(epoch, carry, jnp.stack(epoch_keys))
     means = ("losses/clipfrac", "losses/grad_norm")  # of the others the last minibatch's, as CleanRL has it
     metrics = {name: x.mean() if name in means else x[-1, -1] for name, x in metrics.items()}
-    metrics["losses/entropy"] = -old_log_probs.mean()  # of the policy that acted, from its own samples
+    metrics["losses/entropy"] = -rollout.log_probs.mean()  # of the policy that acted, from its own samples
     metrics["losses/explained_variance"] = 1 - (returns - rollout.values).var() / (returns.var() + 1e-8)
     return state.replace(params=params, opt_state=opt_state, learning_rate=learning_rate, key=key), metrics
 
@@ -1213,7 +1219,7 @@ class Progress:
             self.bar.update(step - self.bar.n)
         elif now - self.last_time >= 10 or step >= self.total:
             self.last_time = now
-            left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / sps))
+            left = datetime.timedelta(seconds=int((self.total - step) / sps))
             print(
                 f"step {step}/{self.total}  return {episodic_return:.1f}  {sps:.0f} steps/s  KL {kl:.4f}  ETA {left}",
                 flush=True,
@@ -1259,7 +1265,7 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     is_main = jax.process_index() == 0
     checkpoint = None
-    if args.resume and (Path(args.resume) / "checkpoint").exists():
+    if args.resume is not None and (Path(args.resume) / "checkpoint").exists():
         checkpoint = load_checkpoint(args.resume, policy_class, "--resume")
     check_args(args, policy_class)
     check_devices(args)
@@ -1285,7 +1291,7 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
 
 def open_run(args: Args, policy_class: type, checkpoint: Optional[dict]) -> Path:
     """The run's folder, made anew or resumed, the same for all processes."""
-    if args.resume:
+    if args.resume is not None:
         if jax.process_index() == 0:
             cut_event_files(Path(args.resume), checkpoint["event_files"] if checkpoint else {})
         return Path(args.resume)
@@ -1540,27 +1546,29 @@ def parse_args(
     """
     description = __doc__.split("\n")[0]
     args = tyro.cli(Args, args=argv, default=defaults or Args(), description=description)
-    if not (args.resume or args.evaluate):
+    resumes, evaluates = args.resume is not None, args.evaluate is not None  # an empty name is one, and a bad one
+    if not (resumes or evaluates):
         return args
-    if args.resume and args.evaluate:
+    if resumes and evaluates:
         raise BadInput("--resume and --evaluate are given, allowed is one of them")
-    flag, path = ("--resume", args.resume) if args.resume else ("--evaluate", args.evaluate)
-    if args.resume:
+    flag, path = ("--resume", args.resume) if resumes else ("--evaluate", args.evaluate)
+    if resumes:
         try:
             saved = json.loads(Path(path, "args.json").read_text())
             found = saved.pop("policy_class")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"--resume is {path}, which holds no run (no readable args.json)") from error
         if found != policy_class.__name__:
             raise BadInput(f"--resume is {path}, a run of {found}; this script trains {policy_class.__name__}")
-    else:  # whether training was filmed, and on which physics, says nothing
-        saved = {**load_checkpoint(path, policy_class)["args"], "capture_video": False, "impl": None}
+    else:  # whether training was filmed or continued, and on which physics, says nothing
+        ignored = {"capture_video": False, "resume": None, "impl": None}
+        saved = {**load_checkpoint(path, policy_class)["args"], **ignored}
     try:
         saved = from_json(saved)
     except TypeError as error:
         raise BadInput(f"{flag} is {path}, a run with other arguments than this script's: {error}") from error
     args = tyro.cli(Args, args=argv, default=saved, description=description)
-    free = RESUME_FLAGS if args.resume else EVALUATE_FLAGS
+    free = RESUME_FLAGS if resumes else EVALUATE_FLAGS
     for name, value in dataclasses.asdict(args).items():
         if name not in free and value != getattr(saved, name):
             raise BadInput(
@@ -1573,7 +1581,7 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
     """The command line: train, resume or evaluate."""
     try:
         args = parse_args(defaults=defaults, policy_class=policy_class)
-        if args.evaluate:
+        if args.evaluate is not None:
             check_args(args, policy_class)
             returns = evaluate(
                 args.evaluate,

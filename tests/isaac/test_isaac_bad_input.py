@@ -49,6 +49,8 @@ def assert_one_line(ended, *words):
         ("--eval-episodes 0", ["--eval-episodes", "0", "at least 1"]),
         ("--resume nowhere", ["--resume", "nowhere"]),
         ("--evaluate nowhere", ["--evaluate", "nowhere"]),
+        ("--resume=", ["--resume", "holds no"]),  # a variable of the shell that is not set
+        ("--evaluate=", ["--evaluate", "holds no"]),
         ("--resume nowhere --evaluate nowhere", ["--resume", "--evaluate", "one of them"]),
     ],
 )

@@ -65,6 +65,8 @@ def test_ended_and_resumed(number, script, tmp_path):
     points = scalars(run_dir)
     assert [step for step, _ in points["losses/policy_loss"]] == [48 * i for i in range(1, 301)]
     assert "episode/rew_alive" in points and "charts/episodic_return" in points
+    ended = run(script, f"--evaluate runs/{run_dir.name} --eval-episodes 0 --export-jit policy.pt", cwd=tmp_path)
+    assert ended.status == 0 and (tmp_path / "policy.pt").exists(), ended
 
 
 def test_resumed_weights_are_the_checkpoint(tmp_path, monkeypatch):

@@ -50,6 +50,8 @@ def assert_one_line(ended, *words) -> None:
         ("--export-npz a.npz", ["--export-npz", "--evaluate"]),
         ("--resume nowhere", ["--resume", "nowhere"]),
         ("--evaluate nowhere", ["--evaluate", "nowhere"]),
+        ("--resume=", ["--resume", "holds no"]),  # a variable of the shell that is not set
+        ("--evaluate=", ["--evaluate", "holds no"]),
         ("--resume nowhere --evaluate nowhere", ["--resume", "--evaluate", "one of them"]),
     ],
 )

@@ -96,6 +96,7 @@ def test_killed_and_resumed_is_the_same_run(number, never_killed, tmp_path):
     assert len(theirs["losses/value_loss"]) == 400
     for name in theirs:
         assert name == "charts/SPS" or ours[name] == theirs[name], name
+    finish(start("--evaluate", run_dir, "--eval-episodes", "1", cwd=tmp_path))
 
 
 def test_killed_before_the_first_checkpoint(tmp_path):
