@@ -98,6 +98,7 @@ GRID = [
     Experiment("3", ABLATION, ("scale-clip", *(name for name in VARIANTS if name.startswith("clip-"))), 3, 500_000),
     Experiment("S2", ABLATION, ("NFPO", "layers-2", "layers-6", "layers-8"), 3, 500_000),
     Experiment("S2", ABLATION, ("hidden-32", "hidden-128", "hidden-256"), 3, 500_000),
+    Experiment("S2", ("Humanoid-v4",), ("NFPO", "hidden-256"), 5, 500_000),  # a claim about one task needs five seeds
     Experiment("4", ABLATION, ("NFPO", "entropy-0.001", "entropy-0.01", "noise-0.05", "noise-0.2"), 3, 500_000),
 ]
 
@@ -141,6 +142,10 @@ class Run(NamedTuple):
     def __str__(self) -> str:
         return f"{self.env_id} {self.variant} seed {self.seed} ({self.total_timesteps:,} steps)"
 
+    def name(self) -> str:
+        """The same as a part of a file's name."""
+        return "__".join(map(str, self)).replace("/", "-").replace(":", "-")
+
     def command(self) -> list[str]:
         """What a reader types, after `python`, to repeat it."""
         flags = f"--env-id {self.env_id} --seed {self.seed} --total-timesteps {self.total_timesteps}"
@@ -174,9 +179,8 @@ class Job:
         """Returns the script's exit status (0 finished, 2 bad input, 3 non-finite, 128 + n stopped by signal n), or
         `BUSY` where another process is at this run."""
         self.runs_dir.mkdir(parents=True, exist_ok=True)
-        name = "__".join(map(str, self.run)).replace("/", "-").replace(":", "-")
         deadline = time.time() + self.patience
-        with (self.runs_dir / f".{name}.lock").open("w") as lock:
+        with (self.runs_dir / f".{self.run.name()}.lock").open("w") as lock:
             while True:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by the kernel, however a process ends
@@ -191,10 +195,17 @@ class Job:
         os.chdir(ROOT)
         sys.path.insert(0, str(ROOT))
         run_dir = self.run.find(self.runs_dir)
+        if is_finished(run_dir):  # by another process, while this job was waiting
+            return 0
+        # A run that is interrupted may go on with another commit: all of them count.
+        origin, commits = provenance(), self.runs_dir / f".{self.run.name()}.commits"
+        known = commits.read_text().split() if commits.exists() else []
+        origin["commit"] = "+".join(dict.fromkeys([*known, origin["commit"]]))
+        commits.write_text(origin["commit"].replace("+", "\n") + "\n")
         script, *flags = self.command
         where = ["--exp-name", self.run.variant, "--runs-dir", str(self.runs_dir)]
         sys.argv = [script, *flags, *where, *(["--resume", str(run_dir)] if run_dir else [])]
-        start, status, namespace = time.time(), 0, {}
+        status, namespace = 0, {}
         try:
             namespace = runpy.run_path(script, run_name="__main__")
         except SystemExit as end:
@@ -203,8 +214,7 @@ class Job:
             status = end.code or 0
         run_dir = self.run.find(self.runs_dir)
         if run_dir and status in (0, 3):
-            record = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").exists() else {}
-            record.update(status=status, seconds=record.get("seconds", 0) + time.time() - start, **provenance())
+            record = {"status": status, **origin}
             if status == 0:
                 record["evaluation"] = play(run_dir, namespace)
             temporary = run_dir / "run.json.tmp"
@@ -309,13 +319,13 @@ def outcome(job: submitit.Job) -> int | str:
 
 
 def launch(runs: list[Run], args: RunArgs) -> int:
-    """Keep `workers` runs going until all have ended. Returns the number of those that failed."""
+    """Keep `workers` runs going until all have ended. Returns the number of those that did not end here."""
     limits = {"local_max_num_timeout": 1000, "slurm_max_num_timeout": 1000}  # resume as often as it takes
     executor = submitit.AutoExecutor(folder=args.runs_dir / "jobs", cluster=args.cluster, **limits)
     executor.update_parameters(timeout_min=args.timeout_min, cpus_per_task=1, mem_gb=4)
     if args.cluster == "slurm":
         executor.update_parameters(slurm_partition=args.partition, slurm_job_name="nfpo")
-    waiting, running, failed, finished, ended_steps = list(runs), {}, 0, 0, 0
+    waiting, running, failed, finished, left_alone, ended_steps = list(runs), {}, 0, 0, 0, 0
     on_terminal = sys.stderr.isatty()
     total = sum(run.total_timesteps for run in runs)
     bar = tqdm(total=total, unit="step", unit_scale=True, dynamic_ncols=True, disable=not on_terminal)
@@ -334,6 +344,7 @@ def launch(runs: list[Run], args: RunArgs) -> int:
                 status = outcome(job)
                 finished += status in (0, 3)
                 failed += status not in (0, 3, BUSY)
+                left_alone += status == BUSY
                 what = {0: "finished", 3: "stopped: its numbers broke", BUSY: "left alone: another process is at it"}
                 bar.write(f"{run}: {what[status] if status in what else f'FAILED{chr(10)}{status}'}")
             done = ended_steps + sum(steps_done(job) for job in running.values())
@@ -353,8 +364,9 @@ def launch(runs: list[Run], args: RunArgs) -> int:
         sys.exit(f"\nInterrupted with {finished} of {len(runs)} finished; the same command goes on.")
     finally:
         bar.close()
-    print(f"{finished} of {len(runs)} finished, {failed} failed. Next: python benchmarks/report.py")
-    return failed
+    others = f", {left_alone} left to another process" if left_alone else ""
+    print(f"{finished} of {len(runs)} finished, {failed} failed{others}. Next: python benchmarks/report.py")
+    return failed + left_alone
 
 
 def main() -> None:

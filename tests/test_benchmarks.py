@@ -2,6 +2,7 @@
 report's numbers are those that can be computed by hand."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -136,6 +137,48 @@ def test_one_process_a_run(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("Hopper*"))
 
 
+def test_finished_while_waiting(tmp_path, monkeypatch):
+    """Whoever waited for another process and finds the run finished leaves it as it is."""
+    run = runner.Run("Hopper-v4", "NFPO", 1, 512)
+    folder = tmp_path / "Hopper-v4__NFPO__1__1"
+    folder.mkdir()
+    args = {"env_id": "Hopper-v4", "exp_name": "NFPO", "seed": 1, "total_timesteps": 512}
+    (folder / "args.json").write_text(json.dumps(args))
+    (folder / "run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(runner.runpy, "run_path", lambda *_, **__: pytest.fail("trained again"))
+    assert runner.Job(run, tmp_path)() == 0
+    assert (folder / "run.json").read_text() == "{}"
+
+
+def test_commits_of_all_sessions(tmp_path, monkeypatch):
+    """A run that was interrupted and went on with another commit names both."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    run, folder = runner.Run("Hopper-v4", "NFPO", 1, 512), tmp_path / "Hopper-v4__NFPO__1__1"
+
+    def starts_and_dies(*_, **__):
+        folder.mkdir()
+        args = {"env_id": "Hopper-v4", "exp_name": "NFPO", "seed": 1, "total_timesteps": 512}
+        (folder / "args.json").write_text(json.dumps(args))
+        raise SystemExit(137)
+
+    def breaks(*_, **__):
+        raise SystemExit(3)
+
+    for commit, script in (("aaa", starts_and_dies), ("bbb", breaks)):
+        monkeypatch.setattr(runner, "provenance", lambda commit=commit: {"commit": commit})
+        monkeypatch.setattr(runner.runpy, "run_path", script)
+        runner.Job(run, tmp_path)()
+    assert json.loads((folder / "run.json").read_text()) == {"status": 3, "commit": "aaa+bbb"}
+
+
 def test_time_limit_is_not_an_end(tmp_path, monkeypatch):
     """At a cluster's time limit submitit asks for another turn and leaves by SystemExit(-1): that is no exit status of
     the script, and must not end up as the run's result. The turn is the same job."""
@@ -203,9 +246,6 @@ def reported(grid, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(report, name, value)
     monkeypatch.setattr(report, "STEPS_1M", 512)
     monkeypatch.setattr(report, "STEPS_ABLATION", 512)
-    for name in ("published.csv", "speed.csv"):
-        (tmp_path / "results").mkdir(exist_ok=True)
-        (tmp_path / "results" / name).write_bytes((ROOT / "benchmarks" / "results" / name).read_bytes())
     (tmp_path / "README.md").write_bytes((ROOT / "benchmarks" / "README.md").read_bytes())
     places = {"runs-dir": grid[0] / "runs", "results": "results", "figures": "figures", "readme": "README.md"}
     monkeypatch.setattr(sys, "argv", ["report.py", *(f"--{k}={tmp_path / v}" for k, v in places.items())])
@@ -302,9 +342,95 @@ def test_probability_of_improvement():
 )
 def test_verdicts(interval, seeds, claim, verdict):
     """A verdict needs three seeds and an interval on one side of 1/2."""
-    found = report.Estimate(np.mean(interval), *interval, seeds)
+    found = report.Estimate(np.mean(interval), *interval, seeds, tasks=2)
     assert report.judge(found, 3, claim)[1] == verdict
+    assert report.judge(found._replace(tasks=1), 3, claim)[1].startswith("open")  # three against three decide nothing
     assert report.judge(None, 3, claim) == ("runs are missing", "open")
+
+
+def test_interval_of_several_comparisons():
+    """The best of four has a wider interval than one planned comparison; one seed has none."""
+    ours, theirs = np.random.default_rng(1).normal(size=(2, 5, 2)) + np.array([[[0.5]], [[0.0]]])
+    one, four = (report.improvement(ours, theirs, comparisons) for comparisons in (1, 4))
+    assert four.value == one.value and four.low <= one.low < one.high <= four.high and four != one
+    assert report.probability(one) == f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"
+    assert report.probability(report.improvement(ours[:1], theirs[:1])).endswith(" (1 seed)")
+
+
+TASKS = tuple("ABCDE")
+
+
+def results_of(folder, scores: dict, total: int = 1_000_000) -> report.Results:
+    """Results with these training scores: {variant: {task: one score a seed, None where the run broke}}."""
+    rows = [
+        {
+            "env_id": task,
+            "variant": variant,
+            "seed": seed,
+            "total_timesteps": total,
+            "status": "finished" if score is not None else "broke",
+            report.TRAINING: 50.0 if score is None else score,
+            report.DEPLOYED: score,
+        }
+        for variant, by_task in scores.items()
+        for task, values in by_task.items()
+        for seed, score in enumerate(values, 1)
+    ]
+    folder.mkdir(exist_ok=True)
+    pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
+    return report.Results(folder)
+
+
+def test_broken_runs_show(tmp_path):
+    """A run that broke is below every other one, and is not hidden behind those that did not."""
+    results = results_of(tmp_path, {"NFPO": {"A": [None, 90, None]}, "PPO": {"A": [60, 60, 60]}})
+    assert report.compare(results, ("A",), "NFPO", "PPO", 1_000_000).value == 1 / 3
+    assert report.compare(results, ("A",), "NFPO", "PPO", 1_000_000, report.DEPLOYED).value == 1 / 3
+    assert report.cell(results, "A", "NFPO", 1_000_000, report.DEPLOYED) == "90 (1), 2 broke"
+
+
+def verdicts_of(folder, monkeypatch, **scores) -> dict[str, list[str]]:
+    """Figure S1's lines of the summary, {claim: line}, of {variant: (ratios to PPO, one a task, seeds)}."""
+    monkeypatch.setattr(report, "MUJOCO", TASKS)
+    monkeypatch.setattr(report, "GRID", [runner.Experiment("S1", TASKS, tuple(scores), 5, 1_000_000)])
+    noise = np.array([0, 1, -1, 2, -2])
+    by_variant = {
+        variant: {task: 100 * x + noise[:seeds] for task, x in zip(TASKS, ratios)}
+        for variant, (ratios, seeds) in scores.items()
+    }
+    return {line[0]: line for line in report.summary_s1(results_of(folder, by_variant))}
+
+
+def test_target(tmp_path, monkeypatch):
+    """The variant that reaches the target counts, not the one with the largest smallest ratio; three seeds needed."""
+    target = "a variant has IQM >= PPO on all five tasks and >= 1.5 x on Humanoid"
+    ppo, even, good = ((1,) * 5, 5), ((1.4, 1.3, 1.3, 1.3, 1.3), 5), (2, 1.2, 1.2, 1.2, 1.2)
+    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=even)[target]
+    assert row[3] == "**fell short**" and row[2].startswith("NFPO: 1.40, 1.30")
+    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=even, NFPOb=(good, 5))[target]
+    assert row[3] == "reached" and row[2].startswith("NFPOb: 2.00, 1.20")
+    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=even, NFPOb=(good, 1))[target]
+    assert row[3] == "open" and row[2].startswith("NFPO:")
+    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=even, NFPOb=(good, 3))[target]
+    assert row[3] == "reached (3 of 5 seeds)"
+
+
+def test_opposite_tasks_are_not_equal(tmp_path, monkeypatch):
+    """Behind on two tasks and ahead on two others is no agreement, though P is 1/2."""
+    claim = "NFPO performs like PPO on Ant, HalfCheetah, Hopper and Walker2d"
+    ppo = ((1,) * 5, 5)
+    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=((1, 0.5, 0.5, 2, 2), 5))[claim]
+    assert "P = 0.50" in row[2] and row[3] == "**not reproduced**: behind on B, behind on C, ahead on D, ahead on E"
+    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=((1,) * 5, 5))[claim]
+    assert row[3] == "agrees: no difference seen"
+
+
+def test_results_of_a_readers_own(tmp_path, monkeypatch, capsys):
+    """A folder without any file gives a page that says so."""
+    results = report.Results(tmp_path / "none")
+    for part in (report.summary_s1, report.summary_ablations, report.summary_gridworld):
+        assert {line[-1] for line in part(results)} == {"open"}
+    assert report.summary_cost(results) == []
 
 
 def test_curves_with_holes(tmp_path):
