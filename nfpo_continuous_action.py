@@ -1029,7 +1029,7 @@ def cut_event_files(run_dir: Path, sizes: dict[str, int]) -> None:
 
 
 class DeployedPolicy(nn.Module):
-    """What a robot runs: raw observations (B, obs_dim) in, actions (B, action_dim) clipped to the Box out.
+    """What a robot runs: raw observations (..., obs_dim) in, actions (..., action_dim) clipped to the Box out.
 
     Infinite and huge observations are clipped too. NaN is not: one in an observation makes all of its actions NaN, so
     check the sensors before, or the actions after.
@@ -1591,9 +1591,8 @@ def parse_args(
     else:
         saved = {
             **load_checkpoint(path, policy_class)["args"],
-            "capture_video": False,  # whether training was filmed, or continued from somewhere, says nothing
-            "resume": None,
-        }
+            "capture_video": False,
+        }  # whether training was filmed says nothing
     try:
         saved = Args(**saved)
     except TypeError as error:

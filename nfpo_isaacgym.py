@@ -1643,7 +1643,7 @@ def parse_args(
     if resumes:
         _, saved = read_args(path)
     else:
-        saved = {**load_checkpoint(path, policy_class)["args"], "resume": None}  # whether it was continued says nothing
+        saved = load_checkpoint(path, policy_class)["args"]
     try:
         saved = Args(**saved)
     except TypeError as error:

@@ -1560,9 +1560,8 @@ def parse_args(
             raise BadInput(f"--resume is {path}, which holds no run (no readable args.json)") from error
         if found != policy_class.__name__:
             raise BadInput(f"--resume is {path}, a run of {found}; this script trains {policy_class.__name__}")
-    else:  # whether training was filmed or continued, and on which physics, says nothing
-        ignored = {"capture_video": False, "resume": None, "impl": None}
-        saved = {**load_checkpoint(path, policy_class)["args"], **ignored}
+    else:  # whether training was filmed, and on which physics, says nothing
+        saved = {**load_checkpoint(path, policy_class)["args"], "capture_video": False, "impl": None}
     try:
         saved = from_json(saved)
     except TypeError as error:
