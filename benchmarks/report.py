@@ -526,6 +526,13 @@ def summary_s1(results: Results) -> list[list[str]]:
             apart = [f"{word} on {e}" for e, word in apart.items() if word in ("ahead", "behind")]
             verdict = f"**not reproduced**: {', '.join(apart)}" if apart else verdict
         rows.append([text, "Fig. S1", "; ".join([*shown, found]), verdict])
+    # Is it the flow, or would the Gaussian have gained as much from the learning rate alone?
+    pair = "NFPO-std-flat", "PPO-flat"
+    ratios = {e: ratio(results, e, pair[0], theirs=pair[1]) for e in MUJOCO}
+    found, verdict = judge(compare(results, MUJOCO, *pair, STEPS_1M), 5, "above")
+    shown = [f"{env_id} {x:.2f} x" for env_id, x in ratios.items() if x]
+    claim = "with the same small, constant learning rate for both, NFPO beats PPO"
+    rows.append([claim, "our control", "; ".join([*shown, found]), verdict])
     # The variants that the screen chose from are not among them: of those there is one seed, and it chose.
     variants = [v for e in GRID if e.name == "S1" for v in e.variants if v.startswith("NFPO")]
     reached = {v: [ratio(results, env_id, v) for env_id in MUJOCO] for v in variants}

@@ -415,6 +415,16 @@ def test_target(tmp_path, monkeypatch):
     assert row[3] == "reached (3 of 5 seeds)"
 
 
+def test_control(tmp_path, monkeypatch):
+    """What the learning rate does for the Gaussian is not counted for the flow."""
+    claim = "with the same small, constant learning rate for both, NFPO beats PPO"
+    three = {"PPO": ((1,) * 5, 3), "NFPO-std-flat": ((2,) * 5, 3)}
+    row = verdicts_of(tmp_path, monkeypatch, **three, **{"PPO-flat": ((1,) * 5, 3)})[claim]
+    assert row[2].startswith("A 2.00 x; B 2.00 x") and row[3] == "reproduced (3 of 5 seeds)"
+    row = verdicts_of(tmp_path, monkeypatch, **three, **{"PPO-flat": ((3,) * 5, 3)})[claim]
+    assert row[2].startswith("A 0.67 x") and row[3].startswith("**not reproduced**")
+
+
 def test_opposite_tasks_are_not_equal(tmp_path, monkeypatch):
     """Behind on two tasks and ahead on two others is no agreement, though P is 1/2."""
     claim = "NFPO performs like PPO on Ant, HalfCheetah, Hopper and Walker2d"
