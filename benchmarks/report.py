@@ -194,20 +194,23 @@ class Results:
         files = sorted((folder / "curves").glob("*.csv"))
         self.curves = pd.concat(map(pd.read_csv, files)) if files else pd.DataFrame(columns=[*KEY, "step", *SCALARS])
 
+    def rows(self, env_id: str, variant: str, total: int) -> pd.DataFrame:
+        """The runs, in the order of their seeds."""
+        return self.runs[select(self.runs, env_id, variant, total)].sort_values("seed")
+
     def scores(self, env_id: str, variant: str, total: int, column: str = TRAINING) -> np.ndarray:
         """One score a seed, in the order of the seeds, (seeds,)."""
-        rows = self.runs[select(self.runs, env_id, variant, total)].sort_values("seed")
-        return rows[column].dropna().to_numpy()
+        return self.rows(env_id, variant, total)[column].dropna().to_numpy()
 
     def broken(self, env_id: str, variant: str, total: int) -> int:
         """How many of these runs broke off."""
-        return int((self.runs[select(self.runs, env_id, variant, total)].status == "broke").sum())
+        return int((self.rows(env_id, variant, total).status == "broke").sum())
 
     def matrix(self, env_ids: tuple[str, ...], variant: str, total: int, column: str = TRAINING) -> np.ndarray:
         """Scores (seeds, tasks) to be compared, of as many seeds as all tasks have; a run that broke is below all."""
         columns = []
         for env_id in env_ids:
-            rows = self.runs[select(self.runs, env_id, variant, total)].sort_values("seed")
+            rows = self.rows(env_id, variant, total)
             columns.append(rows[column].where(rows.status != "broke", -np.inf).dropna().to_numpy())
         seeds = min(map(len, columns))
         return np.stack([column[:seeds] for column in columns], axis=1)
@@ -245,12 +248,16 @@ def draw_curves(axes, results: Results, env_id: str, variants: list[str], total:
         legend = f"{variant} ({len(values)} seed{'s' * (len(values) > 1)})"
         axes.plot(steps, middle, color=colors[variant], label=legend, linewidth=1.5)
         axes.fill_between(steps, low, high, color=colors[variant], alpha=0.2, linewidth=0)
-        rows = results.runs[select(results.runs, env_id, variant, total)]
-        if (rows.status == "broke").any():
+        if results.broken(env_id, variant, total):
             axes.plot(steps[-1], middle[-1], "x", color=colors[variant], markersize=9, markeredgewidth=2)
     axes.set(title=env_id.split(":")[-1], xlabel="environment steps", ylabel=label)
     axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axes.grid(alpha=0.25)
+
+
+def legend_of(grid) -> dict:
+    """One line a variant for a legend of all panels; numbers of seeds differ from panel to panel and are left out."""
+    return {text.split(" (")[0]: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels())}
 
 
 def save(figure, path: Path) -> None:
@@ -287,8 +294,8 @@ def figure_s1(results: Results, folder: Path) -> None:
         if notes:
             text = "published, above: " + ", ".join(notes)
             axes.text(0.02, 0.98, text, transform=axes.transAxes, fontsize=7, color="dimgray", va="top")
-    # One legend for all, in the empty sixth place; numbers of seeds differ from task to task and stand in the table.
-    lines = {text.split(" (")[0]: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels())}
+    # One legend for all, in the empty sixth place; the numbers of seeds stand in the table.
+    lines = legend_of(grid)
     grid.flat[-1].axis("off")
     grid.flat[-1].legend(lines.values(), lines.keys(), loc="center", title="IQM over seeds, 95 % interval")
     save(figure, folder / "figure_S1.png")
@@ -302,21 +309,28 @@ def figure_s1_aggregate(results: Results, folder: Path) -> None:
     reference = np.array([metrics.aggregate_iqm(results.scores(env_id, "PPO", STEPS_1M)) for env_id in MUJOCO])
     normalized = {variant: results.matrix(MUJOCO, variant, STEPS_1M) / reference for variant in complete}
     labels = {v: f"{v}, {len(x)} seed{'s' * (len(x) > 1)} a task" for v, x in normalized.items()}
-    normalized = {labels[v]: x for v, x in normalized.items()}
-    colors = {labels.get(v): c for v, c in zip(contenders(results), plt.get_cmap("tab10").colors)}
+    colors = dict(zip(contenders(results), plt.get_cmap("tab10").colors))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     thresholds = np.linspace(0, 2.5, 51)
     np.random.seed(0)
-    profiles, bands = library.create_performance_profile(normalized, thresholds, reps=RESAMPLES)
+    profiles, bands = library.create_performance_profile(
+        {labels[v]: x for v, x in normalized.items()}, thresholds, reps=RESAMPLES
+    )
     plot_utils.plot_performance_profiles(
-        profiles, thresholds, bands, colors=colors, ax=left, xlabel="return / PPO's IQM", ylabel="share of runs above"
+        profiles,
+        thresholds,
+        bands,
+        colors={labels[v]: colors[v] for v in complete},
+        ax=left,
+        xlabel="return / PPO's IQM",
+        ylabel="share of runs above",
     )
     left.legend()
     others = [variant for variant in complete if variant != "PPO"]
     for place, variant in enumerate(others):
         found = compare(results, MUJOCO, variant, "PPO", STEPS_1M)
-        right.plot([found.low, found.high], [place, place], color=colors[labels[variant]], linewidth=8, alpha=0.3)
-        right.plot(found.value, place, "o", color=colors[labels[variant]])
+        right.plot([found.low, found.high], [place, place], color=colors[variant], linewidth=8, alpha=0.3)
+        right.plot(found.value, place, "o", color=colors[variant])
     right.axvline(0.5, color="gray", linestyle="--", linewidth=0.8)
     right.set(yticks=range(len(others)), yticklabels=others, xlim=(0, 1), xlabel="P(a run is above a run of PPO)")
     save(figure, folder / "figure_S1_aggregate.png")
@@ -330,7 +344,7 @@ def figure_s1_updates(results: Results, folder: Path) -> None:
         draw_curves(axes[1], results, env_id, contenders(results), STEPS_1M, "entropy", "entropy (nats)")
         axes[0].set(yscale="log", xlabel="")
         axes[1].set(title="")
-    lines = {text.split(" (")[0]: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels())}
+    lines = legend_of(grid)
     if lines:
         figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))
     save(figure, folder / "figure_S1_updates.png")
@@ -412,7 +426,7 @@ def table_s1(results: Results) -> str:
     ratios = []
     for variant in variants:
         if variant != "PPO":
-            cells = [ratio(results, env_id, variant) for env_id in MUJOCO]
+            cells = [ratio(results, env_id, variant, "PPO", STEPS_1M) for env_id in MUJOCO]
             found = [compare(results, MUJOCO, variant, "PPO", STEPS_1M, column) for column in (TRAINING, DEPLOYED)]
             ratios.append([variant, *(f"{x:.2f}" if x else "" for x in cells), *map(probability, found)])
     parts += ["IQM of the training returns over PPO's, and the probability that a run is above a run of PPO:", ""]
@@ -447,17 +461,16 @@ def table_updates(results: Results) -> str:
     return "\n".join([*parts, table("entropy", STEPS_1M - tenth, STEPS_1M, 1)])
 
 
-def ratio(
-    results: Results,
-    env_id: str,
-    ours: str,
-    column: str = TRAINING,
-    theirs: str = "PPO",
-    total: Optional[int] = None,
-) -> Optional[float]:
+def ratio(results: Results, env_id: str, ours: str, theirs: str, total: int, column: str = TRAINING) -> Optional[float]:
     """IQM of a contender's scores over another's."""
-    ours, theirs = (results.scores(env_id, v, total or STEPS_1M, column) for v in (ours, theirs))
+    ours, theirs = (results.scores(env_id, v, total, column) for v in (ours, theirs))
     return metrics.aggregate_iqm(ours) / metrics.aggregate_iqm(theirs) if len(ours) and len(theirs) else None
+
+
+def show_ratios(results: Results, env_ids: tuple[str, ...], ours: str, theirs: str, total: int) -> list[str]:
+    """The ratios of the tasks that both have runs of, as text."""
+    ratios = {env_id: ratio(results, env_id, ours, theirs, total) for env_id in env_ids}
+    return [f"{env_id} {x:.2f} x" for env_id, x in ratios.items() if x]
 
 
 def compare(
@@ -474,16 +487,22 @@ def compare(
     return improvement(*pair, comparisons) if all(map(len, pair)) else None
 
 
+def side(found: Estimate) -> Optional[Literal["above", "below", "both"]]:
+    """Where of 1/2 the interval lies, or None where it is not to be trusted: that takes three seeds a task and five
+    runs in all. The bootstrap of three against three is too narrow, one in five is on one side by chance."""
+    if found.seeds < 3 or found.seeds * found.tasks < 5:
+        return None
+    return "above" if found.low > 0.5 else "below" if found.high < 0.5 else "both"
+
+
 def judge(found: Optional[Estimate], planned: int, claim: Literal["above", "not above", "equal"]) -> tuple[str, str]:
-    """What was found, and the verdict on a claim about P(ours above theirs). A verdict needs three seeds a task, five
-    runs in all (the bootstrap of three against three is too narrow: one in five is on one side by chance), and an
-    interval on one side of 1/2; for `equal` and `not above`, one on both sides agrees with the claim, no more."""
+    """What was found, and the verdict on a claim about P(ours above theirs), by the `side` of 1/2 that its interval is
+    on; for `equal` and `not above`, one on both sides agrees with the claim, no more."""
     if found is None:
         return "runs are missing", "open"
     text = f"P = {probability(found)}"
-    if found.seeds < 3 or found.seeds * found.tasks < 5:
+    if side(found) is None:
         return text, f"open ({found.seeds} of {planned} seeds)"
-    side = "above" if found.low > 0.5 else "below" if found.high < 0.5 else "both"
     verdict = {
         ("above", "above"): "reproduced",
         ("above", "below"): "**not reproduced**, the opposite was seen",
@@ -494,7 +513,7 @@ def judge(found: Optional[Estimate], planned: int, claim: Literal["above", "not 
         ("equal", "above"): "**not reproduced**, ahead",
         ("equal", "below"): "**not reproduced**, behind",
         ("equal", "both"): "agrees: no difference seen",
-    }[claim, side]
+    }[claim, side(found)]
     return text, verdict + (f" ({found.seeds} of {planned} seeds)" if found.seeds < planned else "")
 
 
@@ -515,27 +534,26 @@ def summary_s1(results: Results) -> list[list[str]]:
     ):
         shown = []
         for env_id in env_ids:
-            noisy, deployed = (ratio(results, env_id, "NFPO", column) for column in (TRAINING, DEPLOYED))
+            noisy, deployed = (ratio(results, env_id, "NFPO", "PPO", STEPS_1M, c) for c in (TRAINING, DEPLOYED))
             shown.append(
                 f"{env_id} {noisy:.2f} x, deployed {deployed:.2f} x" if noisy else f"{env_id}: no pair of runs"
             )
         found, verdict = judge(compare(results, env_ids, "NFPO", "PPO", STEPS_1M), 5, claim)
         if verdict.startswith("agrees"):  # as long as no two tasks make up for each other
             singles = {e: compare(results, (e,), "NFPO", "PPO", STEPS_1M, comparisons=len(env_ids)) for e in env_ids}
-            apart = {e: judge(single, 5, claim)[1].split(", ")[-1] for e, single in singles.items()}
-            apart = [f"{word} on {e}" for e, word in apart.items() if word in ("ahead", "behind")]
+            words = {"above": "ahead", "below": "behind"}
+            apart = [f"{words[side(single)]} on {e}" for e, single in singles.items() if side(single) in words]
             verdict = f"**not reproduced**: {', '.join(apart)}" if apart else verdict
         rows.append([text, "Fig. S1", "; ".join([*shown, found]), verdict])
     # Is it the flow, or would the Gaussian have gained as much from the learning rate alone?
     pair = "NFPO-std-flat", "PPO-flat"
-    ratios = {e: ratio(results, e, pair[0], theirs=pair[1]) for e in MUJOCO}
     found, verdict = judge(compare(results, MUJOCO, *pair, STEPS_1M), 5, "above")
-    shown = [f"{env_id} {x:.2f} x" for env_id, x in ratios.items() if x]
+    shown = show_ratios(results, MUJOCO, *pair, STEPS_1M)
     claim = "with the same small, constant learning rate for both, NFPO beats PPO"
     rows.append([claim, "our control", "; ".join([*shown, found]), verdict])
     # The variants that the screen chose from are not among them: of those there is one seed, and it chose.
     variants = [v for e in GRID if e.name == "S1" for v in e.variants if v.startswith("NFPO")]
-    reached = {v: [ratio(results, env_id, v) for env_id in MUJOCO] for v in variants}
+    reached = {v: [ratio(results, env_id, v, "PPO", STEPS_1M) for env_id in MUJOCO] for v in variants}
     complete = {v: ratios for v, ratios in reached.items() if all(ratios)}
     seeds = {v: min(len(results.scores(e, w, STEPS_1M)) for e in MUJOCO for w in (v, "PPO")) for v in variants}
     target = "a variant has IQM >= PPO on all five tasks and >= 1.5 x on Humanoid"
@@ -560,18 +578,18 @@ def summary_s1(results: Results) -> list[list[str]]:
 def summary_ablations(results: Results) -> list[list[str]]:
     """Figures 2, 3, 4 and S2."""
     rows = []
-    broke, grown = {"scale-none": [], "NFPO": []}, []
+    grown = []
     for env_id in ABLATION:
-        for variant, statuses in broke.items():
-            statuses.append(results.runs[select(results.runs, env_id, variant, STEPS_ABLATION)].status == "broke")
         curves = {v: results.curve(env_id, v, STEPS_ABLATION, "log_det") for v in ("scale-none", "NFPO")}
         if all(curves.values()):
             ends = [f"{np.median(values[:, -1]):.1f}" for _, values in curves.values()]
             grown.append(f"{env_id} {ends[0]} (tanh {ends[1]})")
-    without, bounded = (sum(map(sum, statuses)) for statuses in broke.values())
-    found = f"{without} of {sum(map(len, broke['scale-none']))} runs broke, with tanh {bounded}"
+    pair = "scale-none", "NFPO"
+    without, bounded = (sum(results.broken(e, v, STEPS_ABLATION) for e in ABLATION) for v in pair)
+    counts = {v: [len(results.rows(e, v, STEPS_ABLATION)) for e in ABLATION] for v in pair}
+    found = f"{without} of {sum(counts['scale-none'])} runs broke, with tanh {bounded}"
     found = "; ".join([found, *(f"log-determinant at the end: {x}" for x in grown)])
-    if min(len(statuses) for variant in broke.values() for statuses in variant) < 3:
+    if min(map(min, counts.values())) < 3:
         verdict = "open"
     elif without > bounded:
         verdict = "reproduced"
@@ -588,9 +606,8 @@ def summary_ablations(results: Results) -> list[list[str]]:
     ):
         planned = 3 if env_ids == ABLATION else 5
         found, verdict = judge(compare(results, env_ids, ours, theirs, STEPS_ABLATION), planned, expected)
-        ratios = {e: ratio(results, e, ours, theirs=theirs, total=STEPS_ABLATION) for e in env_ids}
-        shown = [f"{env_id} {x:.2f} x" for env_id, x in ratios.items() if x]
-        rows.append([text, figure, "; ".join([*(f"{ours} over {theirs}: {x}" for x in shown), found]), verdict])
+        shown = [f"{ours} over {theirs}: {x}" for x in show_ratios(results, env_ids, ours, theirs, STEPS_ABLATION)]
+        rows.append([text, figure, "; ".join([*shown, found]), verdict])
     others = [v for v in ABLATION_ROWS["3"]["l * tanh(s)"] if v != "NFPO"]
     others = [compare(results, ABLATION, v, "NFPO", STEPS_ABLATION, comparisons=len(others)) for v in others]
     best = max(others, key=lambda found: found.low) if all(others) else None

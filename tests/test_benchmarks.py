@@ -137,36 +137,41 @@ def test_one_process_a_run(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("Hopper*"))
 
 
-def test_finished_while_waiting(tmp_path, monkeypatch):
-    """Whoever waited for another process and finds the run finished leaves it as it is."""
-    run = runner.Run("Hopper-v4", "NFPO", 1, 512)
-    folder = tmp_path / "Hopper-v4__NFPO__1__1"
-    folder.mkdir()
-    args = {"env_id": "Hopper-v4", "exp_name": "NFPO", "seed": 1, "total_timesteps": 512}
-    (folder / "args.json").write_text(json.dumps(args))
-    (folder / "run.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(runner.runpy, "run_path", lambda *_, **__: pytest.fail("trained again"))
-    assert runner.Job(run, tmp_path)() == 0
-    assert (folder / "run.json").read_text() == "{}"
-
-
-def test_commits_of_all_sessions(tmp_path, monkeypatch):
-    """A run that was interrupted and went on with another commit names both."""
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """Makes this process one that a `Job` may change as it does its own."""
     monkeypatch.chdir(tmp_path)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    run, folder = runner.Run("Hopper-v4", "NFPO", 1, 512), tmp_path / "Hopper-v4__NFPO__1__1"
+
+
+def start_run(tmp_path):
+    """The folder of Hopper-v4 NFPO seed 1 with nothing but its arguments."""
+    folder = tmp_path / "Hopper-v4__NFPO__1__1"
+    folder.mkdir()
+    args = {"env_id": "Hopper-v4", "exp_name": "NFPO", "seed": 1, "total_timesteps": 512}
+    (folder / "args.json").write_text(json.dumps(args))
+    return folder
+
+
+def test_finished_while_waiting(tmp_path, monkeypatch, worker):
+    """Whoever waited for another process and finds the run finished leaves it as it is."""
+    run = runner.Run("Hopper-v4", "NFPO", 1, 512)
+    folder = start_run(tmp_path)
+    (folder / "run.json").write_text("{}")
+    monkeypatch.setattr(runner.runpy, "run_path", lambda *_, **__: pytest.fail("trained again"))
+    assert runner.Job(run, tmp_path)() == 0
+    assert (folder / "run.json").read_text() == "{}"
+
+
+def test_commits_of_all_sessions(tmp_path, monkeypatch, worker):
+    """A run that was interrupted and went on with another commit names both."""
+    run = runner.Run("Hopper-v4", "NFPO", 1, 512)
 
     def starts_and_dies(*_, **__):
-        folder.mkdir()
-        args = {"env_id": "Hopper-v4", "exp_name": "NFPO", "seed": 1, "total_timesteps": 512}
-        (folder / "args.json").write_text(json.dumps(args))
+        start_run(tmp_path)
         raise SystemExit(137)
 
     def breaks(*_, **__):
@@ -176,21 +181,17 @@ def test_commits_of_all_sessions(tmp_path, monkeypatch):
         monkeypatch.setattr(runner, "provenance", lambda commit=commit: {"commit": commit})
         monkeypatch.setattr(runner.runpy, "run_path", script)
         runner.Job(run, tmp_path)()
-    assert json.loads((folder / "run.json").read_text()) == {"status": 3, "commit": "aaa+bbb"}
+    record = run.find(tmp_path) / "run.json"
+    assert json.loads(record.read_text()) == {"status": 3, "commit": "aaa+bbb"}
 
 
-def test_time_limit_is_not_an_end(tmp_path, monkeypatch):
+def test_time_limit_is_not_an_end(tmp_path, monkeypatch, worker):
     """At a cluster's time limit submitit asks for another turn and leaves by SystemExit(-1): that is no exit status of
     the script, and must not end up as the run's result. The turn is the same job."""
 
     def meets_time_limit(*_, **__):
         raise SystemExit(-1)
 
-    monkeypatch.chdir(tmp_path)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(sys, "argv", [])
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(runner.runpy, "run_path", meets_time_limit)
     job = runner.Job(runner.Run("Hopper-v4", "NFPO", 1, 512), tmp_path)
     with pytest.raises(SystemExit):
