@@ -8,6 +8,8 @@ import nox
 
 nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = False  # the session is skipped, and says so
+# A worker a core, a file a worker at a time: a file's tests share what they trained.
+PYTEST = ("pytest", "--durations=10", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 
 
 def working_python(version: str) -> str:
@@ -25,19 +27,19 @@ def gymnasium(session: nox.Session) -> None:
     session.install("-r", "requirements.txt", "-r", "requirements/benchmarks.txt", "-r", "requirements/dev.txt")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("pytest", "--durations=10", *session.posargs)
+    session.run(*PYTEST, *session.posargs)
 
 
 @nox.session(python="3.11")
 def playground(session: nox.Session) -> None:
     """nfpo_playground_jax.py, beside the PyTorch script that it is compared with."""
     session.install("-r", "requirements.txt", "-r", "requirements/playground.txt", "-r", "requirements/dev.txt")
-    session.run("pytest", "--durations=10", "tests/playground", *session.posargs)
+    session.run(*PYTEST, "tests/playground", *session.posargs)
 
 
 @nox.session(python=working_python("3.8"))
 def isaacgym(session: nox.Session) -> None:
     """nfpo_isaacgym.py over a stand-in for the simulator, on the Python that Isaac Gym needs."""
-    session.install("-r", "requirements/isaacgym.txt", "pytest==8.3.5")
+    session.install("-r", "requirements/isaacgym.txt", "pytest==8.3.5", "pytest-xdist==3.6.1")
     # tests/conftest.py is the PyTorch 2.13 script's.
-    session.run("pytest", "--durations=10", "--confcutdir=tests/isaac", "tests/isaac", *session.posargs)
+    session.run(*PYTEST, "--confcutdir=tests/isaac", "tests/isaac", *session.posargs)
