@@ -547,7 +547,7 @@ def summary_s1(results: Results) -> list[list[str]]:
         rows.append([text, "Fig. S1", "; ".join([*shown, found]), verdict])
     # Is it the flow, or would the Gaussian have gained as much from the learning rate alone?
     pair = "NFPO-std-flat", "PPO-flat"
-    found, verdict = judge(compare(results, MUJOCO, *pair, STEPS_1M), 5, "above")
+    found, verdict = judge(compare(results, MUJOCO, *pair, STEPS_1M), 3, "above")
     shown = show_ratios(results, MUJOCO, *pair, STEPS_1M)
     claim = "with the same small, constant learning rate for both, NFPO beats PPO"
     rows.append([claim, "our control", "; ".join([*shown, found]), verdict])

@@ -86,7 +86,8 @@ EASIER = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4")
 ABLATION = ("Humanoid-v4", "Hopper-v4")
 GRIDWORLD = "benchmarks.envs.gridworld:GridWorld-v0"
 GRID = [
-    Experiment("S1", MUJOCO, ("NFPO", "PPO", "NFPO-std-flat", "PPO-flat"), 5, 1_000_000),
+    Experiment("S1", MUJOCO, ("NFPO", "PPO", "NFPO-std-flat"), 5, 1_000_000),
+    Experiment("S1", MUJOCO, ("PPO-flat",), 3, 1_000_000),
     Experiment("S1", ("Humanoid-v4", "HalfCheetah-v4"), ("PPO-mixture",), 5, 1_000_000),
     Experiment("S1-screen", MUJOCO, ("NFPO-std-lr",), 1, 1_000_000),
     Experiment("S1-screen", EASIER, ("NFPO-std", "NFPO-std-2e-4"), 1, 1_000_000),
@@ -326,6 +327,7 @@ def launch(runs: list[Run], args: RunArgs) -> int:
     if args.cluster == "slurm":
         executor.update_parameters(slurm_partition=args.partition, slurm_job_name="nfpo")
     waiting, running, failed, finished, left_alone, ended_steps = list(runs), {}, 0, 0, 0, 0
+    had = {}  # steps at a run's first sign of life: what it resumed was computed before, and tells nothing of the speed
     on_terminal = sys.stderr.isatty()
     total = sum(run.total_timesteps for run in runs)
     bar = tqdm(total=total, unit="step", unit_scale=True, dynamic_ncols=True, disable=not on_terminal)
@@ -347,14 +349,17 @@ def launch(runs: list[Run], args: RunArgs) -> int:
                 left_alone += status == BUSY
                 what = {0: "finished", 3: "stopped: its numbers broke", BUSY: "left alone: another process is at it"}
                 bar.write(f"{run}: {what[status] if status in what else f'FAILED{chr(10)}{status}'}")
-            done = ended_steps + sum(steps_done(job) for job in running.values())
+            steps = {run: steps_done(job) for run, job in running.items()}
+            had = {run: count for run, count in steps.items() if count} | had
+            done, bar.initial = ended_steps + sum(steps.values()), sum(had.values())
             state = f"{finished} of {len(runs)} finished, {len(running)} running, {failed} failed"
             bar.set_postfix_str(state, refresh=False)
             bar.update(done - bar.n)
             if not on_terminal and time.time() - last_line >= 60:
                 last_line = time.time()
-                left = (total - done) * (last_line - start) / done if done else 0
-                print(f"{done / total:.1%}  {state}  about {left / 3600:.1f} h left", flush=True)
+                speed = (done - bar.initial) / (last_line - start)  # steps/s of all workers together
+                left = f"about {(total - done) / speed / 3600:.1f} h left" if speed > 0 else "time left unknown yet"
+                print(f"{done / total:.1%}  {state}  {left}", flush=True)
     except KeyboardInterrupt:
         for job in running.values():
             job.cancel()

@@ -127,13 +127,19 @@ def test_grid_goes_on(tmp_path, number):
     assert len(list(folder.glob("events.*"))) == 2 and size > 0  # the first part's events are still there
 
 
-def test_one_process_a_run(tmp_path, monkeypatch):
+def test_one_process_a_run(tmp_path, monkeypatch, capsys):
     """Whoever finds another process at a run waits for it, but not for ever, and leaves the run alone."""
     monkeypatch.setattr(runner.Job, "patience", 1)
     run = runner.Run("Hopper-v4", "NFPO", 1, 512)
     with (tmp_path / ".Hopper-v4__NFPO__1__512.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert runner.Job(run, tmp_path)() == runner.BUSY
+        # The runner counts it as neither finished nor failed, and does not end with success.
+        args = runner.RunArgs(runs_dir=tmp_path, cluster="debug")  # submitit's executor without a process of its own
+        assert runner.launch([run], args) == 1
+    out = capsys.readouterr().out
+    assert f"{run}: left alone: another process is at it" in out
+    assert "0 of 1 finished, 0 failed, 1 left to another process." in out
     assert not list(tmp_path.glob("Hopper*"))
 
 
@@ -421,7 +427,7 @@ def test_control(tmp_path, monkeypatch):
     claim = "with the same small, constant learning rate for both, NFPO beats PPO"
     three = {"PPO": ((1,) * 5, 3), "NFPO-std-flat": ((2,) * 5, 3)}
     row = verdicts_of(tmp_path, monkeypatch, **three, **{"PPO-flat": ((1,) * 5, 3)})[claim]
-    assert row[2].startswith("A 2.00 x; B 2.00 x") and row[3] == "reproduced (3 of 5 seeds)"
+    assert row[2].startswith("A 2.00 x; B 2.00 x") and row[3] == "reproduced"
     row = verdicts_of(tmp_path, monkeypatch, **three, **{"PPO-flat": ((3,) * 5, 3)})[claim]
     assert row[2].startswith("A 0.67 x") and row[3].startswith("**not reproduced**")
 
