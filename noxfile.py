@@ -10,6 +10,7 @@ nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = False  # the session is skipped, and says so
 # A worker a core, a file a worker at a time: a file's tests share what they trained.
 PYTEST = ("pytest", "--durations=10", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+IN_ORDER = "--no-loadscope-reorder"  # or the files with the fewest tests come last, which are the longest
 
 
 def working_python(version: str) -> str:
@@ -27,14 +28,14 @@ def gymnasium(session: nox.Session) -> None:
     session.install("-r", "requirements.txt", "-r", "requirements/benchmarks.txt", "-r", "requirements/dev.txt")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run(*PYTEST, *session.posargs)
+    session.run(*PYTEST, IN_ORDER, *session.posargs)
 
 
 @nox.session(python="3.11")
 def playground(session: nox.Session) -> None:
     """nfpo_playground_jax.py, beside the PyTorch script that it is compared with."""
     session.install("-r", "requirements.txt", "-r", "requirements/playground.txt", "-r", "requirements/dev.txt")
-    session.run(*PYTEST, "tests/playground", *session.posargs)
+    session.run(*PYTEST, IN_ORDER, "tests/playground", *session.posargs)
 
 
 @nox.session(python=working_python("3.8"))
