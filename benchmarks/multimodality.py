@@ -1,14 +1,14 @@
 """Does the flow learn several ways to act, and its Gaussian twin one? The paper's Fig. 6 (Sec. 5.3) from finished runs.
 
-Run:     python benchmarks/multimodality.py runs/grid/benchmarks.envs.gridworld-GridWorld-v0__*
+Run:     python benchmarks/multimodality.py runs/grid/benchmarks.envs.gridworld-*
 Needs:   pip install -r requirements.txt -r requirements/benchmarks.txt
 Before:  python benchmarks/run.py --experiments 6
 
 Plays each run's policy 1000 times from the start, at temperature 1 and with its frozen observation statistics. Writes
-`benchmarks/results/gridworld.csv`, one row for each run given, prints it as a table and draws each contender's run of
-median entropy into `benchmarks/figures/figure_6.png`. The entropy is that of the distribution over the goals reached,
-in bits. The modes are those of the exact action density at the start, of actions as sampled: the environment clips them
-to the Box.
+`benchmarks/results/gridworld.csv`, one row for each run given, prints it as a table and draws, for each board, every
+contender's run of median entropy into `benchmarks/figures/figure_6_*.png`. The entropy is that of the distribution over
+the goals reached, in bits; `untrained_bits` is the same before training, from the seed's initial weights. The modes are
+those of the exact action density at the start, of actions as sampled: the environment clips them to the Box.
 """
 
 import csv
@@ -16,7 +16,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import gymnasium as gym
 import matplotlib
@@ -24,13 +24,15 @@ import numpy as np
 import torch
 import tyro
 from scipy import ndimage
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from benchmarks.baselines.ppo_continuous_action import GaussianPolicy  # noqa: E402
-from benchmarks.envs.gridworld import GOALS, HALF, REACH, SIZE, START  # noqa: E402
+from benchmarks.baselines.ppo_mixture import MixturePolicy  # noqa: E402
+from benchmarks.envs.gridworld import REACH, START, GridWorld  # noqa: E402
 from nfpo_continuous_action import (  # noqa: E402
     Args,
     BadInput,
@@ -43,32 +45,43 @@ from nfpo_continuous_action import (  # noqa: E402
 )
 
 FOLDER = Path(__file__).resolve().parent
-ENV_ID = "benchmarks.envs.gridworld:GridWorld-v0"
-CONTENDERS = {"FlowPolicy": ("NFPO", FlowPolicy), "GaussianPolicy": ("PPO", GaussianPolicy)}
+BOARDS = {f"benchmarks.envs.gridworld:{name}-v0": name for name in ("GridWorld", "JumpWorld")}
+CONTENDERS = {
+    "FlowPolicy": ("NFPO", FlowPolicy),
+    "GaussianPolicy": ("PPO", GaussianPolicy),
+    "MixturePolicy": ("PPO-mixture", MixturePolicy),
+}
 GOAL_COLORS = ("tab:blue", "tab:orange", "tab:purple", "tab:red")
 
 
 @dataclasses.dataclass
 class MultimodalityArgs:
     run_dirs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders on the gridworld, of both contenders"""
+    """folders of finished runs on these boards"""
     episodes: int = 1000
     """episodes played with each policy"""
     seed: int = 1
     """seed of the action noise"""
     csv: Path = FOLDER / "results" / "gridworld.csv"
     """file for the numbers"""
-    figure: Path = FOLDER / "figures" / "figure_6.png"
-    """file for the picture"""
+    figures: Path = FOLDER / "figures"
+    """folder for the pictures"""
 
 
 class Run(NamedTuple):
-    """A trained policy with its observation statistics."""
+    """A policy with its observation statistics."""
 
+    env_id: str
     contender: str
     seed: int
     deployed: DeployedPolicy
     obs_stats: RunningMeanStd
+    untrained: DeployedPolicy
+
+    @property
+    def env(self) -> GridWorld:
+        """A board without time limit."""
+        return gym.make(self.env_id).unwrapped
 
 
 class Episodes(NamedTuple):
@@ -80,32 +93,39 @@ class Episodes(NamedTuple):
 
 
 def load_run(run_dir: Path) -> Run:
-    """The policy of a run folder. Raises `BadInput` for one of another environment or policy."""
+    """The policy of a run folder. Raises `BadInput` for one of another environment or policy, or one not finished."""
     state = load_checkpoint(run_dir, flag="RUN_DIRS")
     args = Args(**state["args"])
-    if args.env_id != ENV_ID:
-        raise BadInput(f"RUN_DIRS has {run_dir}, a run of {args.env_id}; allowed are runs of {ENV_ID}")
+    if args.env_id not in BOARDS:
+        raise BadInput(f"RUN_DIRS has {run_dir}, a run of {args.env_id}; allowed are runs of {', '.join(BOARDS)}")
     if state["policy_class"] not in CONTENDERS:
         raise BadInput(f"RUN_DIRS has {run_dir}, a run of {state['policy_class']}; allowed are {', '.join(CONTENDERS)}")
+    if state["iteration"] < args.num_iterations():
+        raise BadInput(f"RUN_DIRS has {run_dir}, stopped at step {state['global_step']}; allowed are finished runs")
     contender, policy_class = CONTENDERS[state["policy_class"]]
-    env = gym.make(ENV_ID)
-    policy = make_policy(policy_class, env.observation_space.shape[0], env.action_space.shape[0], args)
-    policy.load_state_dict(state["policy"])
+    env = gym.make(args.env_id)
     obs_stats = RunningMeanStd()
     obs_stats.load_state_dict(state["processes"][0]["collector"]["obs_stats"])
-    deployed = DeployedPolicy(policy, obs_stats, env.action_space.low, env.action_space.high).eval()
-    return Run(contender, args.seed, deployed, obs_stats)
+
+    def deploy(weights: Optional[dict]) -> DeployedPolicy:
+        torch.manual_seed(args.seed)  # as the script does before it makes the policy
+        policy = make_policy(policy_class, env.observation_space.shape[0], env.action_space.shape[0], args)
+        if weights is not None:
+            policy.load_state_dict(weights)
+        return DeployedPolicy(policy, obs_stats, env.action_space.low, env.action_space.high).eval()
+
+    return Run(args.env_id, contender, args.seed, deploy(state["policy"]), obs_stats, deploy(None))
 
 
 @torch.no_grad()
-def play(run: Run, episodes: int) -> Episodes:
+def play(env_id: str, deployed: DeployedPolicy, episodes: int) -> Episodes:
     """Play episodes side by side at temperature 1: one environment each, one batch of actions a step."""
-    envs = [gym.make(ENV_ID, disable_env_checker=True) for _ in range(episodes)]
+    envs = [gym.make(env_id, disable_env_checker=True) for _ in range(episodes)]
     obs = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs)])  # (N, 2)
     goals, lengths = np.full(episodes, -1), np.zeros(episodes, dtype=np.int64)
     positions, playing = [obs.copy()], np.ones(episodes, dtype=bool)
     while playing.any():
-        actions = run.deployed.act(torch.from_numpy(obs), temperature=1.0).numpy()
+        actions = deployed.act(torch.from_numpy(obs), temperature=1.0).numpy()
         positions.append(np.full_like(obs, np.nan))
         for i in playing.nonzero()[0]:
             obs[i], _, terminated, truncated, info = envs[i].step(actions[i])
@@ -161,14 +181,16 @@ def find_modes(density: np.ndarray, height: float = 0.1, dip: float = 0.5) -> np
     return np.array(modes)
 
 
-def summary(run: Run, episodes: Episodes) -> dict:
-    """One row of the CSV."""
+def summary(run: Run, episodes: Episodes, before: Episodes) -> dict:
+    """One row of the CSV, of the episodes after and before training."""
     _, density = start_density(run, action_limit(run))
-    shares = [float((episodes.goals == goal).mean()) for goal in range(len(GOALS))]
+    shares = [float((episodes.goals == goal).mean()) for goal in range(len(run.env.goals))]
     return {
+        "board": BOARDS[run.env_id],
         "contender": run.contender,
         "seed": run.seed,
         "entropy_bits": f"{entropy_bits(episodes.goals):.3f}",
+        "untrained_bits": f"{entropy_bits(before.goals):.3f}",
         "success_rate": f"{(episodes.goals >= 0).mean():.3f}",
         "mean_length": f"{episodes.lengths.mean():.2f}",
         "modes": len(find_modes(density)),
@@ -176,31 +198,34 @@ def summary(run: Run, episodes: Episodes) -> dict:
     }
 
 
-def draw_board(axes: plt.Axes) -> None:
+def draw_board(axes: plt.Axes, env: GridWorld) -> None:
     """Cells, the grey start and the green goals."""
-    for center, color in ((START, "0.75"), *((goal, "#9fd69f") for goal in GOALS)):
+    half = env.half
+    for center, color in ((START, "0.75"), *((goal, "#9fd69f") for goal in env.goals)):
         axes.add_patch(plt.Rectangle(center - REACH, 2 * REACH, 2 * REACH, color=color, linewidth=0, zorder=0))
-    ticks = np.arange(SIZE + 1) - HALF
-    axes.hlines(ticks, -HALF, HALF, color="0.9", linewidth=0.6, zorder=0)
-    axes.vlines(ticks, -HALF, HALF, color="0.9", linewidth=0.6, zorder=0)
-    axes.set(xlim=(-HALF, HALF), ylim=(-HALF, HALF), xlabel="x (cells)", ylabel="y (cells)", aspect="equal")
-    axes.set(xticks=range(-3, 4), yticks=range(-3, 4))
+    ticks = np.arange(env.size + 1) - half
+    axes.hlines(ticks, -half, half, color="0.9", linewidth=0.6, zorder=0)
+    axes.vlines(ticks, -half, half, color="0.9", linewidth=0.6, zorder=0)
+    axes.set(xlim=(-half, half), ylim=(-half, half), xlabel="x (cells)", ylabel="y (cells)", aspect="equal")
+    axes.set(xticks=np.arange(env.size) - env.size // 2, yticks=np.arange(env.size) - env.size // 2)
 
 
 @torch.no_grad()
 def draw_actions(axes: plt.Axes, run: Run, samples: int = 12) -> None:
-    """Sampled actions, as the environment receives them, from the center of every cell that is not green."""
-    centers = np.stack(np.meshgrid(*[np.arange(SIZE) - SIZE // 2] * 2), axis=-1).reshape(-1, 2)
-    is_green = (np.abs(centers[:, None] - GOALS) <= REACH).all(-1).any(-1)
-    centers = centers[~is_green].astype(np.float32)  # (cells, 2)
+    """Sampled actions, as the environment receives them, from the center of every cell that one can be on."""
+    env = run.env
+    centers = np.stack(np.meshgrid(*[np.arange(env.size) - env.size // 2] * 2), axis=-1).reshape(-1, 2)
+    is_green = (np.abs(centers[:, None] - env.goals) <= REACH).all(-1).any(-1)
+    centers = (START[None] if env.has_pits else centers[~is_green]).astype(np.float32)  # (cells, 2)
     positions = centers.repeat(samples, axis=0)  # (cells * samples, 2)
     actions = run.deployed.act(torch.from_numpy(positions), temperature=1.0).numpy()
     at_start = (positions == START).all(-1)
-    draw_board(axes)
+    draw_board(axes, env)
+    length = 1.0 if env.has_pits else 0.45  # where they lead, or as many as find room
     for mask, color in ((~at_start, "tab:blue"), (at_start, "black")):
         axes.quiver(
             *positions[mask].T,
-            *0.45 * actions[mask].T,
+            *length * actions[mask].T,
             angles="xy",
             scale_units="xy",
             scale=1,
@@ -213,11 +238,11 @@ def draw_actions(axes: plt.Axes, run: Run, samples: int = 12) -> None:
 
 def draw_trajectories(axes: plt.Axes, run: Run, episodes: Episodes, shown: int = 100) -> None:
     """The first `shown` episodes, colored by the goal reached, and at each goal its share in all episodes."""
-    draw_board(axes)
+    draw_board(axes, run.env)
     for i in range(min(shown, len(episodes.goals))):
         color = GOAL_COLORS[episodes.goals[i]] if episodes.goals[i] >= 0 else "0.4"
         axes.plot(*episodes.positions[:, i].T, color=color, linewidth=0.7, alpha=0.4, marker=".", markersize=2.5)
-    for goal, center in enumerate(GOALS):
+    for goal, center in enumerate(run.env.goals):
         axes.annotate(
             f"{100 * (episodes.goals == goal).mean():.0f} %",
             center * 0.74 + np.where(center == 0, 0.95, 0),  # beside the arrivals, not under them
@@ -237,7 +262,10 @@ def draw_density(axes: plt.Axes, run: Run, limit: float):
     modes = find_modes(density)
     scale = matplotlib.colors.LogNorm(1e-3, 1, clip=True)
     image = axes.pcolormesh(axis, axis, density / density.max(), cmap="magma", norm=scale, rasterized=True)
-    axes.add_patch(plt.Rectangle((-1, -1), 2, 2, fill=False, edgecolor="white", linestyle="--", label="Box of actions"))
+    corner, side = (-run.env.limit,) * 2, 2 * run.env.limit
+    axes.add_patch(
+        plt.Rectangle(corner, side, side, fill=False, edgecolor="white", linestyle="--", label="Box of actions")
+    )
     axes.plot(axis[modes[:, 1]], axis[modes[:, 0]], "c+", markersize=9, label="mode")
     axes.legend(fontsize=7, loc="upper right", facecolor="0.3", labelcolor="white")
     axes.set(xlabel="action dx", ylabel="action dy", aspect="equal")
@@ -264,16 +292,19 @@ def main() -> None:
     try:
         if not args.run_dirs or args.episodes < 1:
             raise BadInput("allowed are at least one run folder and at least one episode")
-        runs = sorted(map(load_run, args.run_dirs), key=lambda run: (run.contender, run.seed))
+        runs = sorted(map(load_run, args.run_dirs), key=lambda run: run[:3])
+        for one, other in zip(runs, runs[1:]):
+            if one[:3] == other[:3]:
+                raise BadInput(f"RUN_DIRS has {' '.join(map(str, one[:3]))} twice; allowed is one run for each seed")
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     rows, played = [], {}
-    for run in runs:
+    for run in tqdm(runs, unit="run", disable=not sys.stderr.isatty()):
         torch.manual_seed(args.seed)
-        episodes = play(run, args.episodes)
-        rows.append(summary(run, episodes))
-        played.setdefault(run.contender, []).append((run, episodes))
+        episodes = play(run.env_id, run.deployed, args.episodes)
+        rows.append(summary(run, episodes, play(run.env_id, run.untrained, args.episodes)))
+        played.setdefault(run.env_id, {}).setdefault(run.contender, []).append((run, episodes))
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with args.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -281,9 +312,10 @@ def main() -> None:
         writer.writerows(rows)
     for cells in (rows[0], ["-"] * len(rows[0]), *(row.values() for row in rows)):
         print("| " + " | ".join(map(str, cells)) + " |")
-    # Not the first seed and not the nicest: the one whose entropy is the median.
-    ranked = [sorted(pairs, key=lambda pair: entropy_bits(pair[1].goals)) for pairs in played.values()]
-    draw([pairs[len(pairs) // 2] for pairs in ranked], args.figure)
+    for env_id, contenders in played.items():
+        # Not the first seed and not the nicest: the one whose entropy is the median.
+        ranked = [sorted(pairs, key=lambda pair: entropy_bits(pair[1].goals)) for pairs in contenders.values()]
+        draw([pairs[len(pairs) // 2] for pairs in ranked], args.figures / f"figure_6_{BOARDS[env_id]}.png")
 
 
 if __name__ == "__main__":

@@ -57,9 +57,10 @@ VARIANTS = {
     "NFPO-std-kl": f"{NFPO} --learned-base-std --target-kl 0.05",
     # The control: would the Gaussian gain as much from the learning rate alone?
     "PPO-flat": f"{PPO} --learning-rate 1e-4 --no-anneal-lr",
-    # Figure 6: the same flags for both, without tuning either.
+    # Figure 6: the same flags for all, without tuning any.
     "NFPO-grid": f"{NFPO} {GRIDWORLD_FLAGS}",
     "PPO-grid": f"{PPO} {GRIDWORLD_FLAGS}",
+    "PPO-mixture-grid": f"benchmarks/baselines/ppo_mixture.py {GRIDWORLD_FLAGS}",
     # Figures 2 to 4 and S2: one flag at a time.
     **{f"scale-{fn}": f"{NFPO} --scale-fn {fn}" for fn in ("none", "zero", "clip", "asymmetric")},
     **{f"tanh-{bound:g}": f"{NFPO} --scale-bound {bound:g}" for bound in (0.1, 0.25, 1, 2)},
@@ -84,7 +85,8 @@ class Experiment(NamedTuple):
 MUJOCO = ("Humanoid-v4", "Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4")
 EASIER = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4")
 ABLATION = ("Humanoid-v4", "Hopper-v4")
-GRIDWORLD = "benchmarks.envs.gridworld:GridWorld-v0"
+GRIDWORLD, JUMPWORLD = "benchmarks.envs.gridworld:GridWorld-v0", "benchmarks.envs.gridworld:JumpWorld-v0"
+CONTENDERS_6 = "NFPO-grid", "PPO-grid", "PPO-mixture-grid"
 GRID = [
     Experiment("S1", MUJOCO, ("NFPO", "PPO", "NFPO-std-flat"), 5, 1_000_000),
     Experiment("S1", MUJOCO, ("PPO-flat",), 3, 1_000_000),
@@ -93,7 +95,8 @@ GRID = [
     Experiment("S1-screen", EASIER, ("NFPO-std", "NFPO-std-2e-4"), 1, 1_000_000),
     Experiment("S1-screen", ("HalfCheetah-v4", "Hopper-v4"), ("NFPO-std-tight",), 1, 1_000_000),
     Experiment("S1-screen", ("HalfCheetah-v4",), ("NFPO-std-kl",), 1, 1_000_000),
-    Experiment("6", (GRIDWORLD,), ("NFPO-grid", "PPO-grid"), 5, 131_072),
+    Experiment("6", (GRIDWORLD,), CONTENDERS_6, 5, 131_072),
+    Experiment("6", (JUMPWORLD,), CONTENDERS_6, 5, 262_144),
     Experiment("2", ABLATION, ("NFPO", "scale-none", "scale-zero", "scale-clip", "scale-asymmetric"), 3, 500_000),
     Experiment("3", ABLATION, ("NFPO", *(name for name in VARIANTS if name.startswith("tanh-"))), 3, 500_000),
     Experiment("3", ABLATION, ("scale-clip", *(name for name in VARIANTS if name.startswith("clip-"))), 3, 500_000),

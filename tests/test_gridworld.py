@@ -1,4 +1,4 @@
-"""Promise: the gridworld of Fig. 6 is what its docstring says, and its numbers measure what they are called."""
+"""Promise: the boards of Fig. 6 are what their docstrings say, and their numbers measure what they are called."""
 
 import csv
 import math
@@ -11,13 +11,15 @@ from conftest import SCRIPT, SMALL, TWIN, run, run_folders
 from gymnasium.utils.env_checker import check_env
 
 from benchmarks import multimodality
-from benchmarks.envs.gridworld import GOALS, HALF, REACH, START, STEP_SIZE, TIME_LIMIT
-from benchmarks.multimodality import ENV_ID, action_limit, entropy_bits, find_modes, load_run, play, start_density
+from benchmarks.envs.gridworld import REACH, START, TIME_LIMIT
+from benchmarks.multimodality import action_limit, entropy_bits, find_modes, load_run, play, start_density
+
+GRIDWORLD, JUMPWORLD = multimodality.BOARDS
 
 
-@pytest.fixture
-def env():
-    env = gym.make(ENV_ID, render_mode="rgb_array")
+@pytest.fixture(params=[GRIDWORLD, JUMPWORLD], ids=["GridWorld", "JumpWorld"])
+def env(request):
+    env = gym.make(request.param, render_mode="rgb_array")
     yield env
     env.close()
 
