@@ -2,15 +2,19 @@
 
 import csv
 import math
+import shutil
 import sys
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from conftest import SCRIPT, SMALL, TWIN, run, run_folders
 from gymnasium.utils.env_checker import check_env
+from scipy.special import ndtr
 
 from benchmarks import multimodality
+from benchmarks.baselines.ppo_mixture import MixturePolicy
 from benchmarks.envs.gridworld import REACH, START, TIME_LIMIT
 from benchmarks.multimodality import action_limit, entropy_bits, find_modes, load_run, play, start_density
 
@@ -24,141 +28,256 @@ def env(request):
     env.close()
 
 
-def walk(env: gym.Env, target: np.ndarray) -> list[tuple]:
-    """Go straight from the start towards a position, by half steps, until the episode ends; returns every answer."""
-    position, answers = env.reset(seed=0)[0], []
-    while not answers or not (answers[-1][2] or answers[-1][3]):
-        action = np.clip((target - position) / STEP_SIZE, -0.5, 0.5).astype(np.float32)
-        position, *rest = env.step(action)
-        answers.append((position, *rest))
-    return answers
+@pytest.fixture
+def board(env):
+    return env.unwrapped
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:.*symmetric and normalized space")  # JumpWorld's unit is a cell
 def test_is_a_gymnasium_environment(env):
     """Gymnasium's own checker finds nothing wrong, and nothing to warn of."""
     check_env(env.unwrapped)
 
 
-def test_no_goal_is_nearer():
+def test_no_goal_is_nearer(board):
     """All goals are equally far from the start, and turning the board by a quarter gives the same board."""
-    distances = np.linalg.norm(GOALS - START, axis=-1)
-    assert len(GOALS) == 4 and np.ptp(distances) == 0 and distances.min() > 0
-    turned = (GOALS - START) @ np.array([[0, 1], [-1, 0]]) + START
-    assert {tuple(goal) for goal in turned} == {tuple(goal) for goal in GOALS}
+    distances = np.linalg.norm(board.goals - START, axis=-1)
+    assert len(board.goals) == 4 and np.ptp(distances) == 0 and distances.min() > 0
+    turned = (board.goals - START) @ np.array([[0, 1], [-1, 0]]) + START
+    assert {tuple(goal) for goal in turned} == {tuple(goal) for goal in board.goals}
 
 
-@pytest.mark.parametrize("goal", range(len(GOALS)))
-def test_entering_a_goal_ends_the_episode(env, goal):
+@pytest.mark.parametrize("goal", range(4))
+def test_entering_a_goal_ends_the_episode(env, board, goal):
     """Reward 1, termination and the goal's index come with the step that enters it, and with no other."""
-    *before, (_, reward, terminated, truncated, info) = walk(env, GOALS[goal])
+    jumps = 2 * [board.goals[goal] / 2] if not board.has_pits else [board.goals[goal] / 10, board.goals[goal] * 0.9]
+    env.reset(seed=0)
+    *before, (_, reward, terminated, truncated, info) = [env.step(jump / board.step_size) for jump in jumps]
     assert (reward, terminated, truncated, info["goal"]) == (1.0, True, False, goal)
     for _, reward, terminated, truncated, info in before:
         assert (reward, terminated, truncated, info["goal"]) == (0.0, False, False, -1)
 
 
-def test_walls_and_time_limit(env):
-    """In a corner there is no way out of the board and no reward, and the time limit truncates."""
-    answers = walk(env, np.array([10.0, 10.0]))
-    assert len(answers) == TIME_LIMIT
-    position, reward, terminated, truncated, info = answers[-1]
-    assert position.tolist() == [HALF, HALF]
-    assert (reward, terminated, truncated, info["goal"]) == (0.0, False, True, -1)
-
-
-def test_actions_are_clipped(env):
-    """A longer action than the Box allows moves the point by one step size."""
+def test_walls_and_time_limit():
+    """On GridWorld a wall stops the point, whose corner holds no reward, and the time limit truncates."""
+    env = gym.make(GRIDWORLD)
     env.reset(seed=0)
-    assert env.unwrapped.step(np.array([0.0, -7.0]))[0].tolist() == [0.0, -STEP_SIZE]
+    answers = [env.step(np.ones(2, dtype=np.float32)) for _ in range(TIME_LIMIT)]
+    assert not any(terminated or truncated for _, _, terminated, truncated, _ in answers[:-1])
+    position, reward, terminated, truncated, info = answers[-1]
+    assert position.tolist() == [env.unwrapped.half] * 2
+    assert (reward, terminated, truncated, info["goal"]) == (0.0, False, True, -1)
+    env.reset(seed=0)  # whoever is stopped by a wall inside a goal has entered it
+    assert [env.step(np.array([x, 0.0], dtype=np.float32))[1] for x in (1.0, 0.6, 1.0)] == [0, 0, 1]
 
 
-def test_frame_shows_start_goals_and_point(env):
+@pytest.mark.parametrize("x, y", [(1.0, 0.0), (1.2, -1.2), (2.7, 0.0), (0.0, -4.0), (-9.0, 9.0)])
+def test_pits(x, y):
+    """On JumpWorld a jump to a white cell or beside the board, behind a goal too, ends the episode with nothing."""
+    env = gym.make(JUMPWORLD)
+    env.reset(seed=0)
+    position, reward, terminated, truncated, info = env.step(np.array([x, y]))
+    assert (reward, terminated, truncated, info["goal"]) == (0.0, True, False, -1)
+    assert env.observation_space.contains(position)
+
+
+def test_grey_cell_is_no_pit():
+    """On JumpWorld whoever stays in the grey cell may jump again, until the time limit."""
+    env = gym.make(JUMPWORLD)
+    env.reset(seed=0)
+    answers = [env.step(np.array([0.04, -0.04], dtype=np.float32)) for _ in range(TIME_LIMIT)]
+    assert [answer[1:4] for answer in answers] == [(0.0, False, False)] * (TIME_LIMIT - 1) + [(0.0, False, True)]
+
+
+def test_actions_are_clipped(env, board):
+    """A longer action than the Box allows is as good as one at its edge."""
+    positions = []
+    for action in (-7.0, -board.limit):
+        env.reset(seed=0)
+        positions.append(env.step(np.array([0.0, action]))[0].tolist())
+    assert positions[0] == positions[1]
+
+
+class WideGaussian(torch.nn.Module):
+    """Mean 10 (y, -x) in cells, deviation 5: one mode, and no aim."""
+
+    def sample(self, obs, temperature=1.0):
+        mean = 10 * torch.stack([obs[:, 1], -obs[:, 0]], dim=-1)
+        return mean + 5 * torch.randn_like(mean), torch.zeros(len(obs))
+
+
+def test_clipping_aims():
+    """GridWorld's docstring: a single wide Gaussian reaches all four goals alike, in no more steps than two or three.
+    JumpWorld's: it reaches none there."""
+    as_it_is = multimodality.RunningMeanStd()
+    as_it_is.update(np.array([[-1.0, -1.0], [1.0, 1.0]]))  # mean 0, deviation 1
+    torch.manual_seed(0)
+    for env_id, limit, bits, success in ((GRIDWORLD, 1, 1.95, 0.99), (JUMPWORLD, 4, 0, 0)):
+        box = np.full(2, limit, dtype=np.float32)
+        episodes = play(env_id, multimodality.DeployedPolicy(WideGaussian(), as_it_is, -box, box), 500)
+        if success:
+            assert entropy_bits(episodes.goals) > bits and episodes.lengths.mean() < 3
+            assert (episodes.goals >= 0).mean() > success
+        else:
+            assert (episodes.goals >= 0).mean() < 0.1
+
+
+def test_jumps_have_to_choose():
+    """JumpWorld's docstring, from exact probabilities: the best single Gaussian whose goals have an entropy of 1 bit
+    hits 0.31 of the time; the best of all Gaussians hits always, and so does a mixture of four, at 2 bits."""
+    board = gym.make(JUMPWORLD).unwrapped
+
+    def share(mean, std, center):
+        """Probability of a cell's width about a center, along one axis."""
+        return ndtr((center + REACH - mean) / std) - ndtr((center - REACH - mean) / std)
+
+    mean, std = np.linspace(0, 2, 21), np.geomspace(0.05, 6, 40)
+    mx, my, sx, sy = np.meshgrid(mean, mean, std, std, indexing="ij")
+    hits = np.stack([share(mx, sx, x) * share(my, sy, y) for x, y in board.goals])
+    stays = share(mx, sx, 0) * share(my, sy, 0)  # and jumps again
+    hits = (hits / np.maximum(1 - stays, 1e-9))[:, stays < 0.99]
+    success = hits.sum(0)
+    shares = hits / np.maximum(success, 1e-300)
+    bits = -(shares * np.log2(np.maximum(shares, 1e-300))).sum(0)
+    assert success.max() > 0.999 and bits[success.argmax()] < 0.01
+    assert success[bits >= 1].max() == pytest.approx(0.31, abs=0.01)
+    four = np.array([[share(gx, 0.1, x) * share(gy, 0.1, y) for x, y in board.goals] for gx, gy in board.goals])
+    assert four.mean(0).sum() > 0.999 and np.ptp(four.mean(0)) < 1e-9
+
+
+def test_frame_shows_start_goals_and_point(env, board):
     """Grey start, green goals and a dot that follows the point, up being up."""
     env.reset(seed=0)
-    env.step(np.array([0.25, 0.5], dtype=np.float32))
-    frame = env.render().astype(int)
+    env.step(np.array([0.2, 0.4], dtype=np.float32))
+    frame, half = env.render().astype(int), board.half
     red, green, blue = frame[..., 0], frame[..., 1], frame[..., 2]
-    pixels = len(frame) / (2 * HALF)
+    pixels = len(frame) / board.size
 
     def cells(mask):  # mean position of the pixels of one color
         rows, columns = mask.nonzero()
-        return np.array([(columns.mean() + 0.5) / pixels - HALF, HALF - (rows.mean() + 0.5) / pixels])
+        return np.array([(columns.mean() + 0.5) / pixels - half, half - (rows.mean() + 0.5) / pixels])
 
-    assert np.allclose(cells((red > 180) & (green < 100)), env.unwrapped.position, atol=0.05)
+    assert np.allclose(cells((red > 180) & (green < 100)), board.position, atol=0.05)
     is_green = (green > red + 40) & (green > blue + 40)
-    for goal in GOALS:
-        row, column = int((HALF - goal[1]) * pixels) + 3, int((goal[0] + HALF) * pixels) + 3
+    for goal in board.goals:
+        row, column = int((half - goal[1]) * pixels) + 3, int((goal[0] + half) * pixels) + 3
         assert is_green[row, column]
     assert 0.9 < is_green.sum() / (4 * (2 * REACH * pixels) ** 2) <= 1
 
 
-@pytest.mark.parametrize("script", [SCRIPT, TWIN], ids=["flow", "gaussian"])
-def test_command_line(script, tmp_path):
-    """Both scripts train, continue and evaluate on the gridworld by its id, without a warning."""
-    ended = run(*SMALL, "--env-id", ENV_ID, cwd=tmp_path, script=script)
+@pytest.mark.parametrize("script, env_id", [(SCRIPT, GRIDWORLD), (TWIN, JUMPWORLD)], ids=["flow", "gaussian"])
+def test_command_line(script, env_id, tmp_path):
+    """Both scripts train, continue and evaluate on the boards by their ids, without a warning."""
+    ended = run(*SMALL, "--env-id", env_id, cwd=tmp_path, script=script)
     assert ended.status == 0 and not ended.err, ended.err
     (run_dir,) = run_folders(tmp_path)
     for flags in (("--resume", run_dir), ("--evaluate", run_dir, "--no-compile", "--eval-episodes", 2)):
         ended = run(*flags, cwd=tmp_path, script=script)
         assert ended.status == 0 and not ended.err, ended.err
-    assert f"2 episodes of {ENV_ID}" in ended.out
+    assert f"2 episodes of {env_id}" in ended.out
 
 
 @pytest.fixture(scope="module")
 def run_dirs(train_small, gaussian):
-    """A barely trained run of each contender."""
-    return [train_small(ENV_ID), train_small(ENV_ID, gaussian, exp_name="ppo_continuous_action")]
+    """A barely trained run of each contender on GridWorld, and one of the flow on JumpWorld."""
+    twin = {"policy_class": gaussian, "exp_name": "ppo_continuous_action"}
+    mixture = {"policy_class": MixturePolicy, "exp_name": "ppo_mixture"}
+    on_gridworld = [train_small(GRIDWORLD, **flags) for flags in ({}, twin, mixture)]
+    return [*on_gridworld, train_small(JUMPWORLD)]
 
 
-def test_episodes_are_the_environment_s(run_dirs):
-    """Positions move by one step at most, and end in the goal that is named; without a goal at the time limit."""
-    episodes = play(load_run(run_dirs[0]), 50)
+@pytest.mark.parametrize("index", [0, 3], ids=["GridWorld", "JumpWorld"])
+def test_episodes_are_the_environment_s(run_dirs, index):
+    """Positions move by one step at most, and end in the goal that is named; without one in a pit or at the limit."""
+    loaded = load_run(run_dirs[index])
+    episodes, board = play(loaded.env_id, loaded.deployed, 50), loaded.env
     assert episodes.positions.shape == (episodes.lengths.max() + 1, 50, 2)
     moves = np.abs(np.diff(episodes.positions, axis=0))
-    assert np.nanmax(moves) <= STEP_SIZE + 1e-6
+    assert np.nanmax(moves) <= board.step_size * board.limit + 1e-6
     assert set(episodes.goals) > {-1}, "the test needs both kinds of episodes"
     for i, (goal, length) in enumerate(zip(episodes.goals, episodes.lengths)):
         path = episodes.positions[:, i]
         assert np.isfinite(path[: length + 1]).all() and np.isnan(path[length + 1 :]).all()
-        entered = (np.abs(path[length] - GOALS) <= REACH).all(-1)
-        assert entered.nonzero()[0].tolist() == [goal] * int(goal >= 0) and (goal >= 0 or length == TIME_LIMIT)
+        entered = (np.abs(path[length] - board.goals) <= REACH).all(-1)
+        if goal >= 0:
+            assert entered.nonzero()[0].tolist() == [goal]
+        elif board.has_pits:  # the position of a fall beside the board is its edge, which may be a goal's
+            assert length == TIME_LIMIT or (np.abs(path[length]) > REACH).any()
+        else:
+            assert not entered.any() and length == TIME_LIMIT
 
 
-def test_density_is_one(run_dirs):
-    """The density at the start integrates to 1 on its grid, with x along the columns."""
+def test_density_is_the_policy_s(run_dirs):
+    """The density at the start integrates to 1 on its grid and has the mean and the deviations of sampled actions, x
+    along the columns, whatever the statistics of the observations are."""
     for run_dir in run_dirs:
         loaded = load_run(run_dir)
-        loaded.deployed.policy.requires_grad_(False)
-        axis, density = start_density(loaded, action_limit(loaded))
-        assert density.sum() * (axis[1] - axis[0]) ** 2 == pytest.approx(1, abs=0.01)
+        loaded.obs_stats.mean += np.array([2.0, -1.0])  # so that the start is not what the network sees as zero
+        with torch.no_grad():  # and a policy that looks different along each axis, there more than elsewhere
+            for parameter in loaded.deployed.policy.parameters():
+                parameter += 0.15 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+        axis, density = start_density(loaded, action_limit(loaded, share=1.0))
+        density *= (axis[1] - axis[0]) ** 2
+        assert density.sum() == pytest.approx(1, abs=0.01)
+        scaled = torch.from_numpy(multimodality.normalize_obs(loaded.obs_stats, START)).expand(100_000, -1)
+        with torch.no_grad():
+            actions = loaded.deployed.policy.sample(scaled)[0].numpy()
+        for marginal, sampled in zip((density.sum(0), density.sum(1)), actions.T):
+            mean = (marginal * axis).sum()
+            assert mean == pytest.approx(sampled.mean(), abs=0.02)
+            assert np.sqrt((marginal * (axis - mean) ** 2).sum()) == pytest.approx(sampled.std(), rel=0.02)
+
+
+def program(monkeypatch, *flags) -> None:
+    monkeypatch.setattr(sys, "argv", ["multimodality.py", *map(str, flags)])
+    multimodality.main()
 
 
 def test_program(run_dirs, tmp_path, monkeypatch, capsys):
-    """Two runs give two rows, a table and a picture; the same seed gives the same rows."""
-    files = ["--csv", str(tmp_path / "a.csv"), "--figure", str(tmp_path / "a.png")]
-    monkeypatch.setattr(sys, "argv", ["multimodality.py", *map(str, run_dirs), *files, "--episodes", "20"])
-    multimodality.main()
+    """A row a run, a table and a picture a board; the same seed gives the same rows."""
+    flags = *run_dirs, "--csv", tmp_path / "a.csv", "--figures", tmp_path, "--episodes", 20
+    program(monkeypatch, *flags)
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
-    assert [row["contender"] for row in rows] == ["NFPO", "PPO"]
+    assert [row["contender"] for row in rows] == ["NFPO", "PPO", "PPO-mixture", "NFPO"]
+    assert [row["board"] for row in rows] == ["GridWorld"] * 3 + ["JumpWorld"]
     for row in rows:
         shares = [float(row[f"share_goal_{goal}"]) for goal in range(4)]
         assert sum(shares) == pytest.approx(float(row["success_rate"]), abs=0.003)
-    assert "| NFPO | 1 |" in capsys.readouterr().out
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| GridWorld | NFPO | 1 |" in capsys.readouterr().out
+    for board in ("GridWorld", "JumpWorld"):
+        assert (tmp_path / f"figure_6_{board}.png").read_bytes()[:4] == b"\x89PNG"
     before = (tmp_path / "a.csv").read_bytes()
     monkeypatch.setattr(multimodality, "draw", lambda *_: None)
-    multimodality.main()
+    program(monkeypatch, *flags)
     assert (tmp_path / "a.csv").read_bytes() == before
 
 
-def test_run_of_another_environment(train_small, monkeypatch, capsys):
-    """One line names the run and what is allowed."""
-    run_dir = train_small("tests.envs:PointMass-v0")
-    monkeypatch.setattr(sys, "argv", ["multimodality.py", str(run_dir)])
-    with pytest.raises(SystemExit, match="2"):
-        multimodality.main()
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(run_dir) in error and ENV_ID in error
+def test_untrained_is_where_training_starts(run_dirs, train_small):
+    """The policy before training has the weights that the script starts from: a run with a learning rate of nearly 0
+    keeps them."""
+    still = load_run(train_small(GRIDWORLD, learning_rate=1e-30)).deployed.policy.state_dict()
+    loaded = load_run(run_dirs[0])
+    for name, before in loaded.untrained.policy.state_dict().items():
+        assert torch.allclose(before, still[name], rtol=0, atol=1e-20), name
+    assert any(not torch.allclose(x, still[name]) for name, x in loaded.deployed.policy.state_dict().items())
+
+
+def test_bad_runs(run_dirs, train_small, tmp_path, monkeypatch, capsys):
+    """A run of another environment, one that is not finished and one given twice: one line names it."""
+    other = train_small("tests.envs:PointMass-v0")
+    unfinished = shutil.copytree(run_dirs[0], tmp_path / "unfinished")
+    state = torch.load(unfinished / "checkpoint.pt", weights_only=False)
+    state["args"]["total_timesteps"] = 1024
+    torch.save(state, unfinished / "checkpoint.pt")
+    for flags, words in (
+        ([other], (str(other), GRIDWORLD, JUMPWORLD)),
+        ([unfinished], (str(unfinished), "stopped at step 128")),
+        ([run_dirs[0], run_dirs[1], run_dirs[0]], (f"{GRIDWORLD} NFPO 1 twice",)),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            program(monkeypatch, *flags)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in words), error
 
 
 @pytest.mark.parametrize(
