@@ -7,9 +7,10 @@ Everything is measured on freshly initialized networks at the script's default s
 change what they cost. (On g1 the paper's Gaussian is [96, 96, 64] and has more parameters than the flow; here it is the
 twin with its [64, 64].) A decision is what a robot runs (`DeployedPolicy` at temperature 0): a raw observation in, an
 action clipped to its limits out, both numpy arrays with a batch of 1. The critic, which no decision needs, is called in
-the same way. The training row is the policy's share of training: `sample` and then `log_prob` with its gradient, on a
-batch as large as the paper's number of environments. Simulator, critic and optimizer are not in it, so its ratio is not
-to be compared with the paper's 1.19 for whole runs (Table S2); `speed.py` measures whole runs.
+the same way. Called back to back, a decision finds its weights in the processor's caches; the rows `every 20 ms` call
+it at a robot's rate instead. The training row is the policy's share of training: `sample` and then `log_prob` with its
+gradient, on a batch as large as the paper's number of environments. Simulator, critic and optimizer are not in it, so
+its ratio is not to be compared with the paper's 1.19 for whole runs (Table S2); `speed.py` measures whole runs.
 
 All in one process on one thread, contenders in turn A B C A B C ... and all runtimes within a round, so that a busy
 machine slows all of them alike. Ratios to the Gaussian are taken within a round and their median is reported; the times
@@ -67,6 +68,12 @@ class CostArgs:
     """rounds of decisions; one more comes first and is thrown away"""
     calls: int = 21
     """decisions of each contender in a round"""
+    period: float = 0.02
+    """seconds between two decisions of the rows that imitate a control loop, 50 Hz"""
+    paced_rounds: int = 5
+    """rounds of those"""
+    paced_calls: int = 100
+    """decisions of each contender in such a round"""
     train_rounds: int = 20
     """rounds of the training row, one batch each"""
     batch: int = 4096
@@ -175,18 +182,30 @@ def train_step(policy: nn.Module, runtime: str, obs: torch.Tensor) -> Callable[[
     return step
 
 
-def in_turn(functions: dict[Hashable, Callable], rounds: int, calls: int = 1) -> dict[Hashable, list[float]]:
-    """Microseconds of a call of each function: one number a round, the median of its calls, which hides a call that
-    another process interrupted. A first round, which may compile, is left out."""
+def in_turn(
+    functions: dict[Hashable, Callable], rounds: int, calls: int = 1, period: float = 0.0
+) -> dict[Hashable, np.ndarray]:
+    """Microseconds of every call of each function, (rounds, calls), each call `period` seconds after the one before.
+
+    A first round, which may compile, is left out.
+    """
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
-            clock = [time.perf_counter()]
+            taken = []
             for _ in range(calls):
+                if period:
+                    time.sleep(period)
+                start = time.perf_counter()
                 function()
-                clock.append(time.perf_counter())
-            times[name].append(1e6 * statistics.median(end - start for start, end in itertools.pairwise(clock)))
-    return {name: values[1:] for name, values in times.items()}
+                taken.append(1e6 * (time.perf_counter() - start))
+            times[name].append(taken)
+    return {name: np.array(values[1:]) for name, values in times.items()}
+
+
+def a_round(times: dict[Hashable, np.ndarray], share: float = 0.5) -> dict[Hashable, list[float]]:
+    """One number a round: this quantile of its calls. The median hides a call that another process interrupted."""
+    return {name: np.quantile(values, share, axis=1).tolist() for name, values in times.items()}
 
 
 def measure(task: Task, args: CostArgs) -> dict[tuple[str, str], list[float]]:
@@ -208,7 +227,16 @@ def measure(task: Task, args: CostArgs) -> dict[tuple[str, str], list[float]]:
         for name in POLICIES
         if runtime != "onnx"
     }
-    return found | in_turn(decisions, args.rounds, args.calls) | in_turn(steps, args.train_rounds)
+    found |= a_round(in_turn(decisions, args.rounds, args.calls))
+    found |= a_round(in_turn(steps, args.train_rounds))
+    # What a control loop sees: between two decisions others have had the caches.
+    deployed = {(what, name): function for (what, name), function in decisions.items() if "eager" not in what}
+    paced = in_turn(deployed, args.paced_rounds, args.paced_calls, args.period)
+    pace = f"decision every {1e3 * args.period:g} ms"
+    for title, share in (("median", 0.5), ("99th percentile", 0.99)):
+        for (what, name), values in a_round(paced, share).items():
+            found[what.replace("decision", pace).replace(" (µs)", f", {title} (µs)"), name] = values
+    return found
 
 
 def summarize(found: dict[tuple[str, str], list[float]]) -> dict[tuple[str, str], tuple[float, float]]:

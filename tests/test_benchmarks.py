@@ -396,6 +396,34 @@ def test_broken_runs_show(tmp_path):
     assert report.cell(results, "A", "NFPO", 1_000_000, report.DEPLOYED) == "90 (1), 2 broke"
 
 
+def test_ratio_of_common_seeds(tmp_path):
+    """A contender's further seed, on which the other has not run, does not change their ratio."""
+    results = results_of(tmp_path, {"NFPO": {"A": [90, 900, 120]}, "PPO": {"A": [60, None, 60, 6]}})
+    results.runs = results.runs[~((results.runs.variant == "PPO") & (results.runs.seed == 2))]
+    assert report.ratio(results, "A", "NFPO", "PPO", 1_000_000) == 105 / 60
+    assert report.ratio(results, "A", "NFPO", "none", 1_000_000) is None
+
+
+def test_boards(tmp_path):
+    """Figure 6's lines: entropy without modes is breadth, and a target reached on one board is none on the other."""
+    rows = [
+        {"board": board, "contender": contender, "seed": seed, "entropy_bits": bits, "untrained_bits": 2.0}
+        | {"success_rate": 0.9, "modes": 1}
+        for board, contender, bits in (
+            ("GridWorld", "NFPO", 1.5),
+            ("GridWorld", "PPO", 0.1),
+            ("JumpWorld", "NFPO", 0.1),
+            ("JumpWorld", "PPO", 0.2),
+        )
+        for seed in range(1, 6)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "gridworld.csv", index=False)
+    first, second = report.summary_gridworld(report.Results(tmp_path))
+    assert "NFPO: median of 5 seeds 1.50 bit, untrained 2.00, success 0.90, at most 1 mode(s)" in first[2]
+    assert first[3].startswith("target reached, **but by breadth**") and first[3].endswith("claim: reproduced")
+    assert second[3] == "target **fell short**; claim: **not reproduced**, the opposite was seen"
+
+
 def verdicts_of(folder, monkeypatch, **scores) -> dict[str, list[str]]:
     """Figure S1's lines of the summary, {claim: line}, of {variant: (ratios to PPO, one a task, seeds)}."""
     monkeypatch.setattr(report, "MUJOCO", TASKS)

@@ -68,7 +68,27 @@ def test_contenders_take_turns(monkeypatch):
 
     times = cost.in_turn({"a": contender("a", 2e-6), "b": contender("b", 3e-6)}, rounds=2, calls=3)
     assert "".join(called) == "aaabbb" * 3
-    assert times["a"] == pytest.approx([2, 2], rel=1e-3) and times["b"] == pytest.approx([3, 3], rel=1e-3)
+    medians = cost.a_round(times)
+    assert medians["a"] == pytest.approx([2, 2], rel=1e-3) and medians["b"] == pytest.approx([3, 3], rel=1e-3)
+    assert cost.a_round(times, 1.0)["a"] == pytest.approx([1e8, 2], rel=1e-3)  # and a high quantile shows it
+
+
+def test_paced_calls(monkeypatch):
+    """The period passes before every call and is not counted as part of it."""
+    now, slept = [0.0], []
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+
+    def call():
+        now[0] += 5e-6
+
+    monkeypatch.setattr(cost.time, "sleep", sleep)
+    times = cost.in_turn({"a": call, "b": call}, rounds=1, calls=2, period=0.02)
+    assert slept == [0.02] * 8
+    assert times["a"].ravel() == pytest.approx([5, 5], rel=1e-3)
 
 
 def test_ratios_are_taken_within_a_round():
@@ -109,13 +129,17 @@ def test_training_step_differentiates_the_samples_log_prob(runtime):
 def test_command_line(tasks, runtimes, tmp_path, monkeypatch, capsys):
     """Every contender gets every row, with positive numbers, in the file and in the table."""
     path = tmp_path / "cost.csv"
-    flags = f"--rounds 3 --calls 2 --train-rounds 2 --batch 64 --csv {path} --runtimes".split()
+    flags = "--rounds 3 --calls 2 --train-rounds 2 --batch 64 --paced-rounds 1 --paced-calls 2".split()
+    flags += ["--csv", str(path), "--runtimes"]
     monkeypatch.setattr(sys, "argv", ["cost.py", *flags, *runtimes, "--env-ids", *tasks])
     cost.main()
     table = capsys.readouterr().out
     with path.open() as file:
         rows = list(csv.DictReader(file))
     decisions = ["parameters", "bytes", "flops", *(f"decision, {runtime} (µs)" for runtime in runtimes)]
+    paced = [runtime for runtime in runtimes if runtime != "eager"]
+    for title in ("median", "99th percentile"):
+        decisions += [f"decision every 20 ms, {runtime}, {title} (µs)" for runtime in paced]
     expected = {
         (task, *{"g1": ("47", "12"), "HalfCheetah-v4": ("17", "6")}[task], name, what)
         for task in tasks
