@@ -645,7 +645,8 @@ def summary_gridworld(results: Results) -> list[list[str]]:
         bits = {name: group.entropy_bits.median() for name, group in found.items()}
         shown = [
             f"{name}: median of {len(group)} seeds {bits[name]:.2f} bit, "
-            f"untrained {group.untrained_bits.median():.2f}, success {group.success_rate.median():.2f}, at most {group.modes.max()} mode(s)"
+            f"untrained {group.untrained_bits.median():.2f}, success {group.success_rate.median():.2f}, "
+            f"at most {group.modes.max()} mode(s)"
             for name, group in found.items()
         ]
         verdict = "target reached" if bits["NFPO"] >= 1 and bits["PPO"] < 0.3 else "target **fell short**"
