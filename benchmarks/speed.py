@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 class SpeedArgs:
     env_id: str = "Humanoid-v4"
     """Gymnasium environment"""
-    total_timesteps: int = 200_000
-    """environment steps of each run"""
+    total_timesteps: int = 98 * 2048
+    """environment steps of each run; of whole rollouts, since some contenders round up and others down"""
     rounds: int = 3
     """how often each contender runs"""
     contenders: tuple[Literal["nfpo", "ppo", "sb3", "cleanrl", "bare"], ...] = ("nfpo", "ppo", "sb3", "cleanrl", "bare")
