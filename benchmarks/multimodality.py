@@ -275,7 +275,8 @@ def draw_density(axes: plt.Axes, run: Run, limit: float):
 
 def draw(runs: list[tuple[Run, Episodes]], path: Path) -> None:
     """A column for each run; rows: actions, trajectories, density at the start."""
-    limit = max(action_limit(run, share=0.95) for run, _ in runs)  # the rest is far outside the Box
+    box = runs[0][0].env.limit
+    limit = max(1.1 * box, *(action_limit(run, share=0.95) for run, _ in runs))  # the rest is far outside the Box
     figure, axes = plt.subplots(3, len(runs), figsize=(0.6 + 3.7 * len(runs), 11), layout="constrained", squeeze=False)
     for column, (run, episodes) in zip(axes.T, runs):
         draw_actions(column[0], run)
