@@ -217,7 +217,7 @@ def measure(task: Task, args: CostArgs) -> dict[tuple[str, str], list[float]]:
     found |= {("flops", name): [num_flops(module, task.obs_dim)] for name, module in modules.items()}
     with tempfile.TemporaryDirectory() as folder:
         decisions = {
-            (f"decision, {runtime} (µs)", name): decision(module, runtime, task.obs_dim, folder)
+            (runtime, name): decision(module, runtime, task.obs_dim, folder)
             for runtime in args.runtimes
             for name, module in modules.items()
         }
@@ -227,15 +227,15 @@ def measure(task: Task, args: CostArgs) -> dict[tuple[str, str], list[float]]:
         for name in POLICIES
         if runtime != "onnx"
     }
-    found |= a_round(in_turn(decisions, args.rounds, args.calls))
+    for (runtime, name), values in a_round(in_turn(decisions, args.rounds, args.calls)).items():
+        found[f"decision, {runtime} (µs)", name] = values
     found |= a_round(in_turn(steps, args.train_rounds))
     # What a control loop sees: between two decisions others have had the caches.
-    deployed = {(what, name): function for (what, name), function in decisions.items() if "eager" not in what}
+    deployed = {key: function for key, function in decisions.items() if key[0] != "eager"}
     paced = in_turn(deployed, args.paced_rounds, args.paced_calls, args.period)
-    pace = f"decision every {1e3 * args.period:g} ms"
     for title, share in (("median", 0.5), ("99th percentile", 0.99)):
-        for (what, name), values in a_round(paced, share).items():
-            found[what.replace("decision", pace).replace(" (µs)", f", {title} (µs)"), name] = values
+        for (runtime, name), values in a_round(paced, share).items():
+            found[f"decision every {1e3 * args.period:g} ms, {runtime}, {title} (µs)", name] = values
     return found
 
 

@@ -33,6 +33,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from benchmarks.baselines.ppo_continuous_action import GaussianPolicy  # noqa: E402
 from benchmarks.baselines.ppo_mixture import MixturePolicy  # noqa: E402
 from benchmarks.envs.gridworld import REACH, START, GridWorld  # noqa: E402
+from benchmarks.run import GRIDWORLD, JUMPWORLD  # noqa: E402
 from nfpo_continuous_action import (  # noqa: E402
     Args,
     BadInput,
@@ -45,7 +46,7 @@ from nfpo_continuous_action import (  # noqa: E402
 )
 
 FOLDER = Path(__file__).resolve().parent
-BOARDS = {f"benchmarks.envs.gridworld:{name}-v0": name for name in ("GridWorld", "JumpWorld")}
+BOARDS = {GRIDWORLD: "GridWorld", JUMPWORLD: "JumpWorld"}
 CONTENDERS = {
     "FlowPolicy": ("NFPO", FlowPolicy),
     "GaussianPolicy": ("PPO", GaussianPolicy),
@@ -77,11 +78,7 @@ class Run(NamedTuple):
     deployed: DeployedPolicy
     obs_stats: RunningMeanStd
     untrained: DeployedPolicy
-
-    @property
-    def env(self) -> GridWorld:
-        """A board without time limit."""
-        return gym.make(self.env_id).unwrapped
+    env: GridWorld  # without time limit
 
 
 class Episodes(NamedTuple):
@@ -103,7 +100,7 @@ def load_run(run_dir: Path) -> Run:
     if state["iteration"] < args.num_iterations():
         raise BadInput(f"RUN_DIRS has {run_dir}, stopped at step {state['global_step']}; allowed are finished runs")
     contender, policy_class = CONTENDERS[state["policy_class"]]
-    env = gym.make(args.env_id)
+    env = gym.make(args.env_id).unwrapped
     obs_stats = RunningMeanStd()
     obs_stats.load_state_dict(state["processes"][0]["collector"]["obs_stats"])
 
@@ -114,7 +111,7 @@ def load_run(run_dir: Path) -> Run:
             policy.load_state_dict(weights)
         return DeployedPolicy(policy, obs_stats, env.action_space.low, env.action_space.high).eval()
 
-    return Run(args.env_id, contender, args.seed, deploy(state["policy"]), obs_stats, deploy(None))
+    return Run(args.env_id, contender, args.seed, deploy(state["policy"]), obs_stats, deploy(None), env)
 
 
 @torch.no_grad()
