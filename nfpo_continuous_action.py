@@ -1595,9 +1595,12 @@ def parse_args(
         }  # whether training was filmed says nothing
     try:
         saved = Args(**saved)
-    except TypeError as error:
-        raise BadInput(f"{flag} is {path}, a run with other arguments than this script's: {error}") from error
-    args = tyro.cli(Args, args=argv, default=saved, description=description)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # tyro only warns of a default of another type
+            args = tyro.cli(Args, args=argv, default=saved, description=description)
+    except (TypeError, UserWarning) as error:
+        reason = str(error).split(". ")[0]
+        raise BadInput(f"{flag} is {path}, a run with other arguments than this script's: {reason}") from error
     free = RESUME_FLAGS if resumes else EVALUATE_FLAGS
     for name, value in dataclasses.asdict(args).items():
         if name not in free and value != getattr(saved, name):

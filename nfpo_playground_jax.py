@@ -37,6 +37,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -1564,9 +1565,12 @@ def parse_args(
         saved = {**load_checkpoint(path, policy_class)["args"], "capture_video": False, "impl": None}
     try:
         saved = from_json(saved)
-    except TypeError as error:
-        raise BadInput(f"{flag} is {path}, a run with other arguments than this script's: {error}") from error
-    args = tyro.cli(Args, args=argv, default=saved, description=description)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # tyro only warns of a default of another type
+            args = tyro.cli(Args, args=argv, default=saved, description=description)
+    except (TypeError, UserWarning) as error:
+        reason = str(error).split(". ")[0]
+        raise BadInput(f"{flag} is {path}, a run with other arguments than this script's: {reason}") from error
     free = RESUME_FLAGS if resumes else EVALUATE_FLAGS
     for name, value in dataclasses.asdict(args).items():
         if name not in free and value != getattr(saved, name):

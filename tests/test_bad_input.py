@@ -199,6 +199,15 @@ def test_not_this_scripts_run(flag, cli):
     assert_one_line(cli(flag, "other"), flag, "other")
 
 
+@pytest.mark.parametrize("name, value", [("num_steps", "many"), ("anneal_lr", "no"), ("gamma", None)])
+def test_argument_of_another_type(name, value, cli, hopper_run):
+    """An args.json that was edited wrongly is an error that names the argument."""
+    copy = copy_run(hopper_run, cli.folder / "copy")
+    saved = json.loads((copy / "args.json").read_text())
+    (copy / "args.json").write_text(json.dumps({**saved, name: value}))
+    assert_one_line(cli("--resume", copy), "--resume", copy, nfpo.as_flag(name)[2:], value)
+
+
 def test_export_to_a_folder(cli, hopper_run):
     """Said before an episode is played."""
     assert_one_line(cli("--evaluate", hopper_run, "--export-onnx", "."), "--export-onnx", "allowed is a file")

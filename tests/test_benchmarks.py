@@ -470,12 +470,40 @@ def test_opposite_tasks_are_not_equal(tmp_path, monkeypatch):
     assert row[3] == "agrees: no difference seen"
 
 
+def test_speed(tmp_path):
+    """Ratios are taken within a round and their median is quoted; other contenders and the memory rows do no harm."""
+    seconds = {"nfpo": [10, 20, 40], "ppo": [9, 10, 20], "cleanrl": [50, 30, 80]}
+    rows = [
+        {
+            "what": f"seconds ({'warm' if i else 'first'})",
+            "contender": name,
+            "env_id": "Humanoid-v4",
+            "value": values[i],
+        }
+        for i in range(3)
+        for name, values in seconds.items()
+    ]
+    memory = {"what": "memory", "contender": "nfpo", "env_id": "Humanoid-v4", "value": "436.0 MiB"}
+    pd.DataFrame([*rows, memory]).to_csv(tmp_path / "speed.csv", index=False)
+    results = report.Results(tmp_path)
+    twin, cleanrl = report.summary_cost(results)
+    assert twin[2:] == ["2.00 x (rounds: 1.11, 2.00, 2.00)", "**fell short**"]
+    assert cleanrl[2:] == ["2.00 x (rounds: 5.00, 1.50, 2.00)", "reached"]
+    lines = report.table_speed(results).splitlines()
+    assert lines[2] == "| **NFPO, `nfpo_continuous_action.py`** | 10 | 20 | 40 | 2.00 | 2.00 |"
+    assert lines[3] == "| its Gaussian twin | 9 | 10 | 20 | 4.00 | 1.00 |"
+    pd.DataFrame([row for row in rows if row["contender"] != "cleanrl"]).to_csv(tmp_path / "speed.csv", index=False)
+    assert len(report.summary_cost(results)) == 1
+    assert report.table_speed(results).splitlines()[2].endswith("| 10 | 20 | 40 | 2.00 |")
+
+
 def test_results_of_a_readers_own(tmp_path, monkeypatch, capsys):
     """A folder without any file gives a page that says so."""
     results = report.Results(tmp_path / "none")
     for part in (report.summary_s1, report.summary_ablations, report.summary_gridworld):
         assert {line[-1] for line in part(results)} == {"open"}
     assert report.summary_cost(results) == []
+    assert report.table_speed(results) == "Not measured yet."
 
 
 def test_curves_with_holes(tmp_path):

@@ -112,6 +112,9 @@ def test_foreign_checkpoints(cli, tmp_path):
     saved = json.loads((run_dir / "args.json").read_text())
     (run_dir / "args.json").write_text(json.dumps({**saved, "no_such_flag": 1}))
     assert_one_line(cli(f"--resume {run_dir}"), "--resume", "no_such_flag")
+    for name, value in (("num_steps", "many"), ("critic_hidden_dims", 32)):
+        (run_dir / "args.json").write_text(json.dumps({**saved, name: value}))
+        assert_one_line(cli(f"--resume {run_dir}"), "--resume")
 
 
 def test_non_finite_stops(cli, tmp_path, monkeypatch):

@@ -95,6 +95,8 @@ def test_runs_of_others(cli, lane_run, tmp_path):
     assert_one_line(cli("--evaluate", damaged), "--evaluate", damaged, "incomplete")
     (damaged / "args.json").write_text(json.dumps({"policy_class": "FlowPolicy", "no_such_argument": 1}))
     assert_one_line(cli("--resume", damaged), "--resume", "no_such_argument")
+    (damaged / "args.json").write_text(json.dumps({"policy_class": "FlowPolicy", "num_steps": "many"}))
+    assert_one_line(cli("--resume", damaged), "--resume", "num-steps", "many")
 
 
 def test_numbers_that_break_stop_the_run(cli, monkeypatch, tmp_path):
