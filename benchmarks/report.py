@@ -1,4 +1,4 @@
-"""The report: from the grid's runs to the committed CSV files, the figures and the tables of README.md beside it.
+"""The report: from the grid's runs to the committed CSV files, the figures and the tables of the README files.
 
 Run:     python benchmarks/report.py                # after benchmarks/run.py, at any time, finished or not
 Needs:   pip install -r requirements.txt -r requirements/benchmarks.txt
@@ -62,6 +62,8 @@ class ReportArgs:
     """folder of the figures"""
     readme: Path = ROOT / "benchmarks" / "README.md"
     """file whose marked parts are written anew"""
+    front_page: Path = ROOT / "README.md"
+    """file whose marked table of results is written anew"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,9 +268,9 @@ def save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def contenders(results: Results) -> list[str]:
+def contenders(results: Results, experiments: tuple[str, ...] = ("S1", "S1-screen")) -> list[str]:
     """The variants of Figure S1 of which there are runs, in the grid's order."""
-    variants = dict.fromkeys(v for experiment in GRID if experiment.name.startswith("S1") for v in experiment.variants)
+    variants = dict.fromkeys(v for experiment in GRID if experiment.name in experiments for v in experiment.variants)
     return [v for v in variants if any(results.has((env_id,), v, STEPS_1M) for env_id in MUJOCO)]
 
 
@@ -449,6 +451,14 @@ def table_s1(results: Results) -> str:
         rows.append([f"{algorithm}, {steps / 1e6:g}M steps, {source}", *(by_env.get(e, "") for e in MUJOCO)])
     parts += ["Published by others, cited and not measured here (mean ± deviation over seeds):", ""]
     return "\n".join([*parts, markdown(["", *MUJOCO], rows)])
+
+
+def table_front_page(results: Results) -> str:
+    """What Figure S1 compares, without the variants that one seed screened, in training and as deployed."""
+    variants = contenders(results, ("S1",))
+    parts = ["Return over the last 100 episodes of training:", ""]
+    parts += [table_scores(results, MUJOCO, variants, STEPS_1M, TRAINING), "", "As deployed, at temperature 0:", ""]
+    return "\n".join([*parts, table_scores(results, MUJOCO, variants, STEPS_1M, DEPLOYED)])
 
 
 def table_updates(results: Results) -> str:
@@ -806,6 +816,7 @@ def main() -> None:
         pictures = [f"![{path}](figures/{path})\n" for path in PICTURES[name] if (args.figures / path).exists()]
         parts[name] = "\n".join([*pictures, text])
     write_readme(args.readme, parts)
+    write_readme(args.front_page, {"results": table_front_page(results)})
     print(state(results))
 
 

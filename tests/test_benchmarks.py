@@ -254,7 +254,9 @@ def reported(grid, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "STEPS_1M", 512)
     monkeypatch.setattr(report, "STEPS_ABLATION", 512)
     (tmp_path / "README.md").write_bytes((ROOT / "benchmarks" / "README.md").read_bytes())
+    (tmp_path / "front.md").write_bytes((ROOT / "README.md").read_bytes())
     places = {"runs-dir": grid[0] / "runs", "results": "results", "figures": "figures", "readme": "README.md"}
+    places["front-page"] = "front.md"
     monkeypatch.setattr(sys, "argv", ["report.py", *(f"--{k}={tmp_path / v}" for k, v in places.items())])
     report.main()
     first = (tmp_path / "results" / "runs.csv").read_bytes()
@@ -283,7 +285,9 @@ def test_report_of_the_tiny_grid(grid, reported):
         assert mine.approx_kl[edge] == pytest.approx(value, rel=1e-3)
     page = (reported / "README.md").read_text()
     assert "| NFPO beats PPO on Humanoid | Fig. S1 |" in page
-    assert f"| NFPO | {runs.last_100_episodes['NFPO']:.0f} (1) |" in page
+    for text in (page, (reported / "front.md").read_text()):
+        assert f"| NFPO | {runs.last_100_episodes['NFPO']:.0f} (1) |" in text
+        assert f"| NFPO | {runs.evaluation['NFPO']:.0f} (1) |" in text
     for name in ("figure_S1.png", "figure_S1_aggregate.png", "figure_2.png"):
         assert (reported / "figures" / name).stat().st_size > 10_000, name
 
