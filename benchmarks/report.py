@@ -180,10 +180,11 @@ def improvement(ours: np.ndarray, theirs: np.ndarray, comparisons: int = 1) -> E
 
 
 def probability(found: Optional[Estimate]) -> str:
-    """An `improvement` as text, without an interval where there is none."""
+    """An `improvement` as text; of one or two seeds an interval would only pretend to be one."""
     if found is None:
         return "tasks missing"
-    return f"{found.value:.2f}" + (f" [{found.low:.2f}, {found.high:.2f}]" if found.seeds > 1 else " (1 seed)")
+    few = f" (from {found.seeds} seed{'s' * (found.seeds > 1)} a task)"
+    return f"{found.value:.2f}" + (f" [{found.low:.2f}, {found.high:.2f}]" if found.seeds > 2 else few)
 
 
 class Results:
@@ -208,14 +209,16 @@ class Results:
         """How many of these runs broke off."""
         return int((self.rows(env_id, variant, total).status == "broke").sum())
 
+    def ranked(self, env_id: str, variant: str, total: int, column: str) -> np.ndarray:
+        """One score a seed to be compared, (seeds,); a run that broke is below all."""
+        rows = self.rows(env_id, variant, total)
+        return rows[column].where(rows.status != "broke", -np.inf).dropna().to_numpy()
+
     def matrix(self, env_ids: tuple[str, ...], variant: str, total: int, column: str = TRAINING) -> np.ndarray:
-        """Scores (seeds, tasks) to be compared, of as many seeds as all tasks have; a run that broke is below all."""
-        columns = []
-        for env_id in env_ids:
-            rows = self.rows(env_id, variant, total)
-            columns.append(rows[column].where(rows.status != "broke", -np.inf).dropna().to_numpy())
+        """`ranked` scores (seeds, tasks), of as many seeds as all tasks have."""
+        columns = [self.ranked(env_id, variant, total, column) for env_id in env_ids]
         seeds = min(map(len, columns))
-        return np.stack([column[:seeds] for column in columns], axis=1)
+        return np.stack([scores[:seeds] for scores in columns], axis=1)
 
     def curve(self, env_id: str, variant: str, total: int, name: str) -> Optional[tuple[np.ndarray, np.ndarray]]:
         """Steps (T,) and values (seeds, T). A bin without an episode takes what lies around it, and the curves end
@@ -253,8 +256,12 @@ def draw_curves(axes, results: Results, env_id: str, variants: list[str], total:
         if results.broken(env_id, variant, total):
             axes.plot(steps[-1], middle[-1], "x", color=colors[variant], markersize=9, markeredgewidth=2)
     axes.set(title=env_id.split(":")[-1], xlabel="environment steps", ylabel=label)
-    axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
-    axes.grid(alpha=0.25)
+    if axes.lines:
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axes.grid(alpha=0.25)
+    else:
+        axes.text(0.5, 0.5, "no run yet", transform=axes.transAxes, ha="center", color="dimgray")
+        axes.set(xticks=[], yticks=[])
 
 
 def legend_of(grid) -> dict:
@@ -275,22 +282,23 @@ def contenders(results: Results, experiments: tuple[str, ...] = ("S1", "S1-scree
 
 
 def figure_s1(results: Results, folder: Path) -> None:
-    """Return over steps on the five tasks, and as dashed lines what others published for the same number of steps."""
+    """Return over steps on the five tasks, and as dashed lines what others published for the same number of steps. The
+    variants of which one seed was tried are left to the tables."""
     figure, grid = plt.subplots(2, 3, figsize=(13, 7.5), layout="constrained")
     published = pd.read_csv(PUBLISHED)
     published = published[published.steps == STEPS_1M]
     for axes, env_id in zip(grid.flat, MUJOCO):
-        draw_curves(axes, results, env_id, contenders(results), STEPS_1M, "episodic_return", "episode return")
+        draw_curves(axes, results, env_id, contenders(results, ("S1",)), STEPS_1M, "episodic_return", "episode return")
         if not axes.lines:
-            axes.text(0.5, 0.5, "no run yet", transform=axes.transAxes, ha="center", color="dimgray")
-            axes.set(xticks=[], yticks=[])
             continue
         top = axes.get_ylim()[1]
-        notes = []
-        for row in published[published.env_id == env_id].itertuples():
+        notes, above = [], np.inf
+        for row in published[published.env_id == env_id].sort_values("mean", ascending=False).itertuples():
             if row.mean < 1.3 * top:
+                side = "top" if above - row.mean < 0.05 * top else "bottom"  # below its line where there is one above
+                above = row.mean
                 axes.axhline(row.mean, color="gray", linestyle="--", linewidth=0.8)
-                axes.text(0, row.mean, f" {row.algorithm}, published", fontsize=7, color="dimgray", va="bottom")
+                axes.text(0, row.mean, f" {row.algorithm}, published", fontsize=7, color="dimgray", va=side)
             else:
                 notes.append(f"{row.algorithm} {row.mean:.0f}")
         if notes:
@@ -299,7 +307,9 @@ def figure_s1(results: Results, folder: Path) -> None:
     # One legend for all, in the empty sixth place; the numbers of seeds stand in the table.
     lines = legend_of(grid)
     grid.flat[-1].axis("off")
-    grid.flat[-1].legend(lines.values(), lines.keys(), loc="center", title="IQM over seeds, 95 % interval")
+    grid.flat[-1].legend(
+        lines.values(), lines.keys(), loc="center", title="IQM over seeds, 95 % interval\n(below 4 seeds: all of them)"
+    )
     save(figure, folder / "figure_S1.png")
 
 
@@ -331,7 +341,8 @@ def figure_s1_aggregate(results: Results, folder: Path) -> None:
     others = [variant for variant in complete if variant != "PPO"]
     for place, variant in enumerate(others):
         found = compare(results, MUJOCO, variant, "PPO", STEPS_1M)
-        right.plot([found.low, found.high], [place, place], color=colors[variant], linewidth=8, alpha=0.3)
+        if found.seeds > 2:
+            right.plot([found.low, found.high], [place, place], color=colors[variant], linewidth=8, alpha=0.3)
         right.plot(found.value, place, "o", color=colors[variant])
     right.axvline(0.5, color="gray", linestyle="--", linewidth=0.8)
     right.set(yticks=range(len(others)), yticklabels=others, xlim=(0, 1), xlabel="P(a run is above a run of PPO)")
@@ -401,8 +412,8 @@ def figure_ablation(results: Results, name: str, folder: Path) -> None:
         places = ((env_id, *shown) for env_id in ABLATION for shown in metrics_shown)
         for axes, (env_id, column, label) in zip(panels, places):
             draw_curves(axes, results, env_id, variants, STEPS_ABLATION, column, label)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=8, title=title)
+        lines = legend_of(panels)
+        panels[-1].legend(lines.values(), lines.keys(), title=title, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, folder / f"figure_{name}.png")
 
 
@@ -504,9 +515,14 @@ def compare(
     column: str = TRAINING,
     comparisons: int = 1,
 ) -> Optional[Estimate]:
-    """P(a run of `ours` scores above a run of `theirs`), or None while runs are missing."""
+    """P(a run of `ours` scores above a run of `theirs`), or None where a task has no run. The value is of all runs; the
+    interval, which needs as many on each task, is of the first seeds."""
     pair = [results.matrix(env_ids, variant, total, column) for variant in (ours, theirs)]
-    return improvement(*pair, comparisons) if all(map(len, pair)) else None
+    if not all(map(len, pair)):
+        return None
+    tasks = ([results.ranked(env_id, v, total, column)[:, None] for v in (ours, theirs)] for env_id in env_ids)
+    value = np.mean([metrics.probability_of_improvement(*task) for task in tasks])
+    return improvement(*pair, comparisons)._replace(value=value)
 
 
 def side(found: Estimate) -> Optional[Literal["above", "below", "both"]]:
@@ -571,8 +587,10 @@ def summary_s1(results: Results) -> list[list[str]]:
     pair = "NFPO-std-flat", "PPO-flat"
     found, verdict = judge(compare(results, MUJOCO, *pair, STEPS_1M), 3, "above")
     shown = show_ratios(results, MUJOCO, *pair, STEPS_1M)
-    claim = "with the same small, constant learning rate for both, NFPO beats PPO"
-    rows.append([claim, "our control", "; ".join([*shown, found]), verdict])
+    deployed = compare(results, MUJOCO, *pair, STEPS_1M, DEPLOYED)
+    claim = "NFPO-std-flat beats PPO-flat, the Gaussian with the same small, constant learning rate"
+    text = "; ".join([*shown, found, f"deployed P = {probability(deployed)}"])
+    rows.append([claim, "our control", text, verdict])
     # The variants that the screen chose from are not among them: of those there is one seed, and it chose.
     variants = [v for e in GRID if e.name == "S1" for v in e.variants if v.startswith("NFPO")]
     reached = {v: [ratio(results, env_id, v, "PPO", STEPS_1M) for env_id in MUJOCO] for v in variants}
@@ -670,7 +688,7 @@ def summary_gridworld(results: Results) -> list[list[str]]:
         ]
         verdict = "target reached" if bits["NFPO"] >= 1 and bits["PPO"] < 0.3 else "target **fell short**"
         if bits["NFPO"] >= 1 and found["NFPO"].modes.max() < 2:
-            verdict += ", **but by breadth**: no density with two modes was seen"
+            verdict += ", **but by breadth**: no density of the flow with two modes was seen"
         more = improvement(*(found[name].entropy_bits.to_numpy()[:, None] for name in ("NFPO", "PPO")))
         text, claimed = judge(more, 5, "above")
         rows.append([claim, "Fig. 6", "; ".join([*shown, f"NFPO over PPO: {text}"]), f"{verdict}; claim: {claimed}"])

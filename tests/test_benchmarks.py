@@ -365,7 +365,7 @@ def test_interval_of_several_comparisons():
     one, four = (report.improvement(ours, theirs, comparisons) for comparisons in (1, 4))
     assert four.value == one.value and four.low <= one.low < one.high <= four.high and four != one
     assert report.probability(one) == f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"
-    assert report.probability(report.improvement(ours[:1], theirs[:1])).endswith(" (1 seed)")
+    assert report.probability(report.improvement(ours[:1], theirs[:1])).endswith(" (from 1 seed a task)")
 
 
 TASKS = tuple("ABCDE")
@@ -398,6 +398,14 @@ def test_broken_runs_show(tmp_path):
     assert report.compare(results, ("A",), "NFPO", "PPO", 1_000_000).value == 1 / 3
     assert report.compare(results, ("A",), "NFPO", "PPO", 1_000_000, report.DEPLOYED).value == 1 / 3
     assert report.cell(results, "A", "NFPO", 1_000_000, report.DEPLOYED) == "90 (1), 2 broke"
+
+
+def test_comparison_of_all_runs(tmp_path):
+    """A task's further seeds count, though the interval waits for the other tasks'."""
+    results = results_of(tmp_path, {"NFPO": {"A": [90, 30, 30], "B": [90]}, "PPO": {"A": [60, 60, 60], "B": [60]}})
+    found = report.compare(results, ("A", "B"), "NFPO", "PPO", 1_000_000)
+    assert found.value == pytest.approx((1 / 3 + 1) / 2)
+    assert report.probability(found) == "0.67 (from 1 seed a task)"
 
 
 def test_ratio_of_common_seeds(tmp_path):
@@ -456,7 +464,7 @@ def test_target(tmp_path, monkeypatch):
 
 def test_control(tmp_path, monkeypatch):
     """What the learning rate does for the Gaussian is not counted for the flow."""
-    claim = "with the same small, constant learning rate for both, NFPO beats PPO"
+    claim = "NFPO-std-flat beats PPO-flat, the Gaussian with the same small, constant learning rate"
     three = {"PPO": ((1,) * 5, 3), "NFPO-std-flat": ((2,) * 5, 3)}
     row = verdicts_of(tmp_path, monkeypatch, **three, **{"PPO-flat": ((1,) * 5, 3)})[claim]
     assert row[2].startswith("A 2.00 x; B 2.00 x") and row[3] == "reproduced"
