@@ -27,6 +27,7 @@ def assert_one_line(ended, *words):
     [
         ("--env-id cartpol", ["--env-id", "cartpol,", "cartpole"]),
         ("--env-id isaacgymenvs:Cartpol", ["--env-id", "Cartpol,", "Cartpole"]),
+        ("--env-id isaacgymenvs:AnymalTerrain", ["--env-id", "AnymalTerrain", "anymal_c_rough"]),
         ("--env-id no_such_module:task", ["--env-id", "no_such_module"]),
         ("--device gpu0", ["--device", "gpu0", "cpu"]),
         ("--device cuda", ["--device", "cuda,", "cuda:0"]),

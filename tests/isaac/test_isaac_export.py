@@ -108,6 +108,21 @@ def test_a_wrong_export_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_large_actions_are_exported(tmp_path):
+    """A trained policy's actions may be far above 1, where float32 rounds to more than 1e-6."""
+    torch.manual_seed(1)
+    policy = nfpo.FlowPolicy(4, 2)
+    for layer in policy.layers:
+        layer.out.weight.data *= 100
+        layer.out.bias.data[1:] = -20.0  # scale, shift
+    deployed = nfpo.DeployedPolicy(policy, 4, None).eval()
+    obs = deployed.typical_obs(256)
+    assert deployed(obs).abs().max() > 20
+    assert 1e-8 < nfpo.to_onnx(deployed, str(tmp_path / "policy.onnx")) <= 1e-6
+    session = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx"), providers=["CPUExecutionProvider"])
+    assert np.abs(session.run(None, {"obs": obs.numpy()})[0] - deployed(obs).detach().numpy()).max() > 1e-6
+
+
 def test_evaluate_temperature_and_seed(tmp_path):
     """The deterministic policy repeats itself with its seed, noise changes it, and every episode counts once."""
     run_dir = nfpo.train(small_args(env_id="pointmass", runs_dir=str(tmp_path), total_timesteps=4800))["run_dir"]

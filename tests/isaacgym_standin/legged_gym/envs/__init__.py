@@ -1,5 +1,6 @@
 """The tasks, with the habits of legged_gym's base classes."""
 
+import numpy as np
 import torch
 from standin_physics import CartPole, PointMass
 
@@ -80,6 +81,8 @@ class StandInTask:
         for name, sums in self.episode_sums.items():
             self.extras["episode"]["rew_" + name] = sums[indexes].mean() / seconds
             sums[indexes] = 0.0
+        # As in `update_command_curriculum`, which leaves NumPy's numbers.
+        self.command_ranges["lin_vel_x"][1] = np.clip(self.command_ranges["lin_vel_x"][1], 0.0, 3.0)
         self.extras["episode"]["max_command_x"] = self.command_ranges["lin_vel_x"][1]
         self.extras["time_outs"] = self.time_out_buf
 
