@@ -54,6 +54,7 @@ import tyro
 from brax.envs.wrappers.training import EpisodeWrapper, VmapWrapper
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from mujoco import mjx
 from mujoco_playground import dm_control_suite, locomotion, manipulation, registry, wrapper
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -231,6 +232,11 @@ def check_args(args: Args, policy_class: type) -> None:
             f"--total-timesteps is {args.total_timesteps}, allowed is at least one batch: "
             f"num_steps * num_envs = {args.batch_size}"
         )
+    if args.distributed and args.capture_video and args.evaluate is None:
+        raise BadInput("--distributed and --capture-video are given, allowed is one of them; film with --evaluate")
+    for name in ("coordinator", "num_processes", "process_id"):
+        if getattr(args, name) is not None and not args.distributed and args.resume is None and args.evaluate is None:
+            raise BadInput(f"{as_flag(name)} is {getattr(args, name)}, which needs --distributed")
     if args.anneal_lr and args.desired_kl is not None:
         raise BadInput("--anneal-lr and --desired-kl are given, allowed is one of them")
     for name in ("export_onnx", "export_npz"):
@@ -277,6 +283,20 @@ SUITES = (dm_control_suite, locomotion, manipulation)
 LAST_STEP = "AutoResetWrapper_preserve_info"  # the one entry of `info` that Playground's automatic reset leaves alone
 
 
+class BrokenSimulationWrapper(wrapper.Wrapper):
+    """Ends an episode whose simulation left the finite numbers, with reward 0: one broken environment of thousands must
+    neither end a run nor reach its statistics. Stands inside Brax's `EpisodeWrapper`, whose sums would keep a NaN."""
+
+    def step(self, state, action: jax.Array):
+        state = self.env.step(state, action)
+        is_finite = jnp.isfinite(state.reward)
+        return state.replace(
+            reward=jnp.where(is_finite, state.reward, 0.0),
+            done=jnp.where(is_finite, state.done, 1.0),
+            metrics={name: jnp.where(jnp.isfinite(x), x, 0.0) for name, x in state.metrics.items()},
+        )
+
+
 class LastStepWrapper(wrapper.Wrapper):
     """Keeps what an automatic reset would replace within the same step: the observation that the step really led to,
     whether a time limit ended the episode, and the sums over the episode.
@@ -304,12 +324,15 @@ class LastStepWrapper(wrapper.Wrapper):
 def choose_impl(impl: Optional[str]) -> str:
     """The implementation of MuJoCo's physics that `--impl` asks for, or the fastest that works here."""
     has_warp = importlib.util.find_spec("warp") is not None
-    kind = jax.devices()[0].device_kind
+    device = jax.devices()[0]
+    is_nvidia = "cuda" in device.client.platform_version.lower()  # its kind may be "Tesla T4"
     if impl == "warp" and not has_warp:
         raise BadInput("--impl is warp, which needs `pip install warp-lang`; allowed here is jax")
-    if impl == "warp" and "NVIDIA" not in kind:
-        raise BadInput(f"--impl is warp, which needs an NVIDIA GPU, and JAX runs on {kind} here; allowed is jax")
-    return impl or ("warp" if has_warp and "NVIDIA" in kind else "jax")
+    if impl == "warp" and not is_nvidia:
+        raise BadInput(
+            f"--impl is warp, which needs an NVIDIA GPU, and JAX runs on {device.device_kind} here; allowed is jax"
+        )
+    return impl or ("warp" if has_warp and is_nvidia else "jax")
 
 
 def env_name(args: Args) -> str:
@@ -348,6 +371,9 @@ def make_env(args: Args):
     except Exception as error:
         # Whatever an environment raises while it is built, its user wants the sentence, not the stack.
         raise BadInput(f"--env-id is {args.env_id}, which cannot be made: {' '.join(str(error).split())}") from error
+    if jax.process_count() > 1 and env.mjx_model is not None:
+        # Playground puts the model on the first process's device, from which no other process can read.
+        env._mjx_model = mjx.put_model(env.mj_model, jax.local_devices()[0], impl=overrides["impl"])
     if isinstance(sizes, Mapping) and ("state" not in sizes or any(len(np.atleast_1d(x)) > 1 for x in sizes.values())):
         raise BadInput(
             f"--env-id is {args.env_id}, which observes {dict(sizes)}, allowed are vectors, with one named `state` for "
@@ -370,7 +396,7 @@ def make_envs(args: Args):
         env = wrapper.BraxDomainRandomizationVmapWrapper(env, functools.partial(randomizer, rng=keys))
     else:
         env = VmapWrapper(env)
-    env = EpisodeWrapper(env, config.episode_length, config.get("action_repeat", 1))
+    env = EpisodeWrapper(BrokenSimulationWrapper(env), config.episode_length, config.get("action_repeat", 1))
     return wrapper.BraxAutoResetWrapper(LastStepWrapper(env), full_reset=args.full_reset)
 
 
@@ -1124,8 +1150,7 @@ def to_onnx(deployed: DeployedPolicy, path: str, obs: np.ndarray) -> float:
         output_path=temporary,
     )
     session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
-    found = session.run(None, {"obs": obs})[0]
-    return keep_if_same(temporary, path, np.abs(found - np.asarray(deployed(jnp.asarray(obs)))).max(), len(obs))
+    return keep_if_same(temporary, path, session.run(None, {"obs": obs})[0], deployed, obs)
 
 
 def to_npz(deployed: DeployedPolicy, path: str, obs: np.ndarray) -> float:
@@ -1149,16 +1174,18 @@ def to_npz(deployed: DeployedPolicy, path: str, obs: np.ndarray) -> float:
         np.savez(file, **{name: np.asarray(x) for name, x in arrays.items()})
     with np.load(temporary) as weights:
         found = numpy_policy(weights, obs)
-    return keep_if_same(temporary, path, np.abs(found - np.asarray(deployed(jnp.asarray(obs)))).max(), len(obs))
+    return keep_if_same(temporary, path, found, deployed, obs)
 
 
-def keep_if_same(temporary: str, path: str, difference: float, count: int) -> float:
-    """Give an exported file its name if it acts as the policy does."""
+def keep_if_same(temporary: str, path: str, found: np.ndarray, deployed: DeployedPolicy, obs: np.ndarray) -> float:
+    """Give an exported file its name if it acts, with the actions `found`, as the policy does."""
+    with jax.default_matmul_precision("highest"):  # a GPU's default rounds float32 to ten bits
+        difference = np.abs(found - np.asarray(deployed(jnp.asarray(obs)))).max()
     if not difference <= 1e-5:
         os.remove(temporary)
         raise RuntimeError(f"{path} differs from the JAX policy by {difference:.1e}, allowed is 1e-5")
     os.replace(temporary, path)
-    print(f"Wrote {path}; on {count} observations it differs from the JAX policy by {difference:.1e} at most.")
+    print(f"Wrote {path}; on {len(obs)} observations it differs from the JAX policy by {difference:.1e} at most.")
     return float(difference)
 
 
@@ -1166,7 +1193,7 @@ def numpy_policy(weights: Mapping[str, np.ndarray], obs: np.ndarray) -> np.ndarr
     """The deterministic policy of an --export-npz file in nothing but NumPy, to be copied onto a robot.
 
     Args:
-        weights: `np.load(file)`.
+        weights: `dict(np.load(file))`; without `dict`, each call would read the file again.
         obs: raw observations (B, obs_dim).
 
     Returns:
@@ -1262,13 +1289,14 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
         BadInput: with nothing left behind.
         NonFinite: where losses or parameters stop being numbers; the last good checkpoint is kept.
     """
+    check_args(args, policy_class)
     if args.distributed:  # before anything else of JAX
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     is_main = jax.process_index() == 0
     checkpoint = None
-    if args.resume is not None and (Path(args.resume) / "checkpoint").exists():
+    # A run killed before its first checkpoint may have an empty folder for it.
+    if args.resume is not None and list(Path(args.resume).glob("checkpoint/[0-9]*")):
         checkpoint = load_checkpoint(args.resume, policy_class, "--resume")
-    check_args(args, policy_class)
     check_devices(args)
     args = dataclasses.replace(args, impl=choose_impl(args.impl))
     envs = make_envs(args)

@@ -84,6 +84,15 @@ class Forever(TestEnv):
         return jax.random.normal(info["rng"], (2,))
 
 
+class Breaks(Lane):
+    """A lane whose simulation leaves the finite numbers a few steps after each start, and does not say so."""
+
+    def step(self, state, action):
+        state = super().step(state, action)
+        broken = jnp.where(state.data[0] > 3, jnp.nan, 1.0)
+        return self.state(state.data * broken, state.reward * broken, info=state.info, speed=broken)
+
+
 class Images(Lane):
     """Has what the script cannot use."""
 
@@ -95,5 +104,5 @@ def config(episode_length):
     return lambda: config_dict.create(ctrl_dt=0.02, sim_dt=0.02, episode_length=episode_length, impl="jax")
 
 
-for environment, episode_length in ((Lane, 20), (Diary, 12), (Forever, 10), (Images, 10)):
+for environment, episode_length in ((Lane, 20), (Diary, 12), (Forever, 10), (Breaks, 20), (Images, 10)):
     dm_control_suite.register_environment(environment.__name__, environment, config(episode_length))

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from mujoco_playground import registry
 
 import nfpo_playground_jax as nfpo
 from benchmarks.baselines.ppo_playground_jax import GaussianPolicy
 from playground.conftest import SMALL
+from playground.test_playground_resume import scalars
 
 LANE = ["--env-id", "tests.playground.envs:Lane"]
 
@@ -41,6 +43,8 @@ def assert_one_line(ended, *words) -> None:
         ("--scale-bound nan", ["--scale-bound", "nan", "above 0"]),
         ("--gamma 1.1", ["--gamma", "1.1", "between 0 and 1"]),
         ("--desired-kl 0", ["--desired-kl", "0", "above 0"]),
+        ("--num-processes 2", ["--num-processes", "2", "--distributed"]),
+        ("--distributed --capture-video", ["--distributed", "--capture-video"]),
         ("--desired-kl 0.01 --anneal-lr", ["--desired-kl", "--anneal-lr"]),
         ("--config-overrides [1]", ["--config-overrides", "[1]", "JSON object"]),
         ("--config-overrides {", ["--config-overrides", "{", "JSON object"]),
@@ -97,6 +101,18 @@ def test_runs_of_others(cli, lane_run, tmp_path):
     assert_one_line(cli("--resume", damaged), "--resume", "no_such_argument")
     (damaged / "args.json").write_text(json.dumps({"policy_class": "FlowPolicy", "num_steps": "many"}))
     assert_one_line(cli("--resume", damaged), "--resume", "num-steps", "many")
+
+
+def test_a_simulation_that_breaks_ends_its_episode(cli, tmp_path):
+    """One broken environment ends neither the run nor what is known of the others."""
+    status, _, err = cli(*SMALL, "--env-id", "tests.playground.envs:Breaks", "--total-timesteps", 640)
+    assert status == 0, err
+    (run_dir,) = Path(tmp_path, "runs").iterdir()
+    points = scalars(run_dir)
+    assert points["charts/episodic_return"] and points["charts/episodic_length"]
+    for name, values in points.items():
+        assert np.isfinite([value for _, value in values]).all(), name
+    assert max(length for _, length in points["charts/episodic_length"]) < 20
 
 
 def test_numbers_that_break_stop_the_run(cli, monkeypatch, tmp_path):

@@ -107,6 +107,7 @@ def test_killed_before_the_first_checkpoint(tmp_path):
     process.communicate()
     run_dir = run_folder(tmp_path)
     assert not list(run_dir.glob("checkpoint/[0-9]*"))
+    (run_dir / "checkpoint").mkdir(exist_ok=True)  # as it is from the start of the first iteration on
     finish(start("--resume", run_dir, cwd=tmp_path))
     assert nfpo.load_checkpoint(run_dir)["iteration"] == 400
 
