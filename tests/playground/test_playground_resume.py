@@ -153,16 +153,24 @@ def test_two_devices_share_the_work():
     assert flops[1] < 0.6 * flops[0]
 
 
-def test_two_processes_are_as_one(one_device, tmp_path):
-    """Two processes that find each other through jax.distributed give one process's result up to rounding."""
+def run_two_processes(folder: Path, *flags) -> list[str]:
+    """What two processes that find each other through jax.distributed print."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        flags = [*SMALL, "--env-id", "tests.playground.envs:Lane", *PARALLEL_FLAGS, "--distributed"]
-        flags += ["--coordinator", f"localhost:{port}", "--num-processes", 2, "--process-id", rank]
-        processes.append(start(*flags, cwd=tmp_path))
-    outs = [finish(process) for process in processes]
+    flags = [*SMALL, *flags, *PARALLEL_FLAGS, "--distributed", "--coordinator", f"localhost:{port}"]
+    processes = [start(*flags, "--num-processes", 2, "--process-id", rank, cwd=folder) for rank in range(2)]
+    return [finish(process) for process in processes]
+
+
+def test_two_processes_are_as_one(one_device, tmp_path):
+    """Two processes give one process's result up to rounding."""
+    outs = run_two_processes(tmp_path, "--env-id", "tests.playground.envs:Lane")
     assert "Last" in outs[0] and "Last" not in outs[1]
     assert_close(run_folder(tmp_path), one_device)
+
+
+def test_two_processes_with_physics(tmp_path):
+    """The second process can read the simulator's model, which Playground puts on the first one's device."""
+    run_two_processes(tmp_path, "--env-id", "CartpoleBalance", "--impl", "jax")
+    assert nfpo.load_checkpoint(run_folder(tmp_path))["iteration"] == 2
