@@ -132,3 +132,17 @@ def test_wrong_export_is_refused(hopper_run, monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="differs"):
         play(hopper_run, eval_episodes=1, export_onnx=str(tmp_path / "policy.onnx"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_large_actions_are_exported(tmp_path):
+    """Where the Box is wide, actions may be far above 1, where float32 rounds to more than 1e-5."""
+    torch.manual_seed(1)
+    policy = nfpo.FlowPolicy(4, 2)
+    for layer in policy.layers:
+        layer.out.weight.data *= 100
+        layer.out.bias.data[1:] = -300.0  # scale, shift
+    deployed = nfpo.DeployedPolicy(policy, nfpo.RunningMeanStd((4,)), np.full(2, -np.inf), np.full(2, np.inf)).eval()
+    obs = torch.randn(64, 4)
+    assert 0 < nfpo.to_onnx(deployed, str(tmp_path / "policy.onnx"), obs.numpy()) < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "policy.onnx", providers=["CPUExecutionProvider"])
+    assert np.abs(session.run(None, {"obs": obs.numpy()})[0] - deployed(obs).detach().numpy()).max() > 1e-5
