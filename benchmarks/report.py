@@ -295,10 +295,10 @@ def figure_s1(results: Results, folder: Path) -> None:
         notes, above = [], np.inf
         for row in published[published.env_id == env_id].sort_values("mean", ascending=False).itertuples():
             if row.mean < 1.3 * top:
-                side = "top" if above - row.mean < 0.05 * top else "bottom"  # below its line where there is one above
+                align = "top" if above - row.mean < 0.05 * top else "bottom"  # below its line where there is one above
                 above = row.mean
                 axes.axhline(row.mean, color="gray", linestyle="--", linewidth=0.8)
-                axes.text(0, row.mean, f" {row.algorithm}, published", fontsize=7, color="dimgray", va=side)
+                axes.text(0, row.mean, f" {row.algorithm}, published", fontsize=7, color="dimgray", va=align)
             else:
                 notes.append(f"{row.algorithm} {row.mean:.0f}")
         if notes:
