@@ -347,6 +347,10 @@ def test_probability_of_improvement():
         ((0.0, 0.4), 3, "not above", "reproduced"),
         ((0.4, 0.6), 3, "not above", "agrees: no difference seen"),
         ((0.4, 0.6), 3, "equal", "agrees: no difference seen"),
+        ((0.2, 0.6), 3, "equal", "not decidable here"),  # a standard deviation apart is not excluded
+        ((0.4, 0.8), 3, "equal", "not decidable here"),
+        ((0.2, 0.6), 3, "not above", "agrees: no difference seen"),
+        ((0.4, 0.8), 3, "not above", "not decidable here"),
         ((0.0, 0.4), 3, "equal", "**not reproduced**, behind"),
         ((1.0, 1.0), 2, "above", "open (2 of 3 seeds)"),
     ],
@@ -397,7 +401,16 @@ def test_broken_runs_show(tmp_path):
     results = results_of(tmp_path, {"NFPO": {"A": [None, 90, None]}, "PPO": {"A": [60, 60, 60]}})
     assert report.compare(results, ("A",), "NFPO", "PPO", 1_000_000).value == 1 / 3
     assert report.compare(results, ("A",), "NFPO", "PPO", 1_000_000, report.DEPLOYED).value == 1 / 3
-    assert report.cell(results, "A", "NFPO", 1_000_000, report.DEPLOYED) == "90 (1), 2 broke"
+    for column in (report.TRAINING, report.DEPLOYED):
+        assert report.cell(results, "A", "NFPO", 1_000_000, column) == "90 (1), 2 broke"
+    assert report.times(report.ratio(results, "A", "NFPO", "PPO", 1_000_000)) == "broke"
+    assert report.ratio(results, "A", "PPO", "NFPO", 1_000_000) is None
+
+
+def test_one_broken_run_of_five_is_cut_off(tmp_path):
+    """The interquartile mean of five leaves out the lowest one, be it a run that broke."""
+    results = results_of(tmp_path, {"NFPO": {"A": [None, 90, 91, 92, 500]}, "PPO": {"A": [60] * 5}})
+    assert report.ratio(results, "A", "NFPO", "PPO", 1_000_000) == 91 / 60
 
 
 def test_comparison_of_all_runs(tmp_path):
@@ -431,20 +444,24 @@ def test_boards(tmp_path):
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "gridworld.csv", index=False)
     first, second = report.summary_gridworld(report.Results(tmp_path))
-    assert "NFPO: median of 5 seeds 1.50 bit, untrained 2.00, success 0.90, at most 1 mode(s)" in first[2]
+    assert "NFPO: median of 5 seeds 1.50 bit, untrained 2.00, success 0.90, 1 mode(s) at the start at most" in first[2]
     assert first[3].startswith("target reached, **but by breadth**") and first[3].endswith("claim: reproduced")
     assert second[3] == "target **fell short**; claim: **not reproduced**, the opposite was seen"
 
 
 def verdicts_of(folder, monkeypatch, **scores) -> dict[str, list[str]]:
-    """Figure S1's lines of the summary, {claim: line}, of {variant: (ratios to PPO, one a task, seeds)}."""
+    """Figure S1's lines of the summary, {claim: line}, of {variant: (ratios to PPO, one a task; the number of seeds, or
+    of five those that broke)}."""
     monkeypatch.setattr(report, "MUJOCO", TASKS)
     monkeypatch.setattr(report, "GRID", [runner.Experiment("S1", TASKS, tuple(scores), 5, 1_000_000)])
     noise = np.array([0, 1, -1, 2, -2])
-    by_variant = {
-        variant: {task: 100 * x + noise[:seeds] for task, x in zip(TASKS, ratios)}
-        for variant, (ratios, seeds) in scores.items()
-    }
+    by_variant = {}
+    for variant, (ratios, seeds) in scores.items():
+        count, broke = (seeds, ()) if isinstance(seeds, int) else (5, seeds)
+        by_variant[variant] = {
+            task: [None if seed in broke else 100 * x + noise[seed - 1] for seed in range(1, count + 1)]
+            for task, x in zip(TASKS, ratios)
+        }
     return {line[0]: line for line in report.summary_s1(results_of(folder, by_variant))}
 
 
@@ -460,6 +477,12 @@ def test_target(tmp_path, monkeypatch):
     assert row[3] == "open" and row[2].startswith("NFPO:")
     row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=even, NFPOb=(good, 3))[target]
     assert row[3] == "reached (3 of 5 seeds)"
+    assert row[2] == "NFPOb: 2.00, 1.20, 1.20, 1.20, 1.20 x PPO; without seed 1, which chose it, " + ", ".join(
+        f"{x:.2f}" for x in (2, 1.2, 1.2, 1.2, 1.2)
+    )
+    broken = ((2, 1.2, 1.2, 1.2, 1.2), (1, 3, 5))  # three of five runs of each task broke
+    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=even, NFPOb=broken)[target]
+    assert row[3] == "**fell short**" and row[2].startswith("NFPO:")
 
 
 def test_control(tmp_path, monkeypatch):
@@ -470,6 +493,17 @@ def test_control(tmp_path, monkeypatch):
     assert row[2].startswith("A 2.00 x; B 2.00 x") and row[3] == "reproduced"
     row = verdicts_of(tmp_path, monkeypatch, **three, **{"PPO-flat": ((3,) * 5, 3)})[claim]
     assert row[2].startswith("A 0.67 x") and row[3].startswith("**not reproduced**")
+    assert "without seed 1, which chose it, 0.00 (from 2 seeds a task)" in row[2]
+
+
+def test_control_as_deployed(tmp_path, monkeypatch):
+    """Ahead with the noise on, and not without it, is no verdict."""
+    pair = {"NFPO-std-flat": {t: [90.0, 91, 92] for t in TASKS}, "PPO-flat": {t: [60.0, 61, 62] for t in TASKS}}
+    results = results_of(tmp_path, pair)
+    results.runs[report.DEPLOYED] = 5.0 + results.runs.seed
+    monkeypatch.setattr(report, "MUJOCO", TASKS)
+    (row,) = (line for line in report.summary_s1(results) if line[1] == "our control")
+    assert "P = 1.00 [1.00, 1.00]" in row[2] and row[3] == "not decidable here: in training only"
 
 
 def test_opposite_tasks_are_not_equal(tmp_path, monkeypatch):
@@ -480,6 +514,89 @@ def test_opposite_tasks_are_not_equal(tmp_path, monkeypatch):
     assert "P = 0.50" in row[2] and row[3] == "**not reproduced**: behind on B, behind on C, ahead on D, ahead on E"
     row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=((1,) * 5, 5))[claim]
     assert row[3] == "agrees: no difference seen"
+    row = verdicts_of(tmp_path, monkeypatch, PPO=((1,) * 5, 3), NFPO=((1, 0.5, 0.5, 2, 2), 3))[claim]
+    assert row[3] == "not decidable here: behind on B, behind on C, ahead on D, ahead on E in every run"
+
+
+def test_improvement_elsewhere_does_not_hide_harm(tmp_path):
+    """`Not above` is about being ahead: ahead on one task and behind on the other is not `no difference`."""
+    for ours, verdict in (
+        ({"A": [9.0] * 5, "B": [1.0] * 5}, "**not reproduced**: ahead on A"),
+        ({"A": [1.0] * 5, "B": [1.0] * 5}, "reproduced"),
+    ):
+        results = results_of(tmp_path, {"v": ours, "w": {"A": [5.0] * 5, "B": [5.0] * 5}})
+        assert report.judge_tasks(results, ("A", "B"), "v", "w", 1_000_000, 5, "not above")[1] == verdict
+
+
+def test_iqm_of_all_tasks(tmp_path, monkeypatch):
+    """Over seeds and tasks together, each task in units of PPO's interquartile mean on it."""
+    monkeypatch.setattr(report, "MUJOCO", TASKS[:2])
+    results = results_of(tmp_path, {"NFPO": {"A": [20, 40], "B": [9, 1]}, "PPO": {"A": [10, 30], "B": [1, 3]}})
+    found = report.iqm_of_tasks(report.over_ppo(results, "NFPO"))
+    assert found.value == pytest.approx((1 + 2) / 2)  # of 0.5, 1, 2 and 4.5
+    assert (found.seeds, found.tasks) == (2, 2)
+    assert report.over_ppo(results, "none") is None
+
+
+def ablation_of(folder, monkeypatch, scores: dict, log_det=None) -> dict[str, list[str]]:
+    """The ablations' lines of the summary, {claim: line}, of `results_of` with 500k steps and tasks A and B; `log_det`
+    is {variant: its value at the end of each seed}."""
+    monkeypatch.setattr(report, "ABLATION", ("A", "B"))
+    results = results_of(folder, scores, 500_000)
+    if log_det:
+        ends = zip(results.runs.variant, results.runs.seed)
+        results.runs[report.LOG_DET] = [log_det[variant][seed - 1] for variant, seed in ends]
+    return {line[0]: line for line in report.summary_ablations(results)}
+
+
+def test_broken_runs_of_no_bound(tmp_path, monkeypatch):
+    """Half of the runs have to break, of seeds that both have; and growth is judged by the determinant alone."""
+    both = lambda scores: {"A": scores, "B": scores}  # noqa: E731
+    fine, log_det = [60, 61, 62], {"scale-none": [30, 31, 32], "NFPO": [1, 2, 3, 4, 5]}
+    for broke, verdict in (
+        ([None, None, 5], "reproduced"),
+        ([None, 60, 5], "not decidable here"),
+        (fine, "**not reproduced** in 500k steps: it breaks no more often"),
+    ):
+        scores = {"NFPO": {"A": [*fine, None, None], "B": fine}, "scale-none": both(broke)}
+        lines = ablation_of(tmp_path, monkeypatch, scores, log_det)
+        assert lines["without a bound numbers break in the end"][3] == verdict
+        (grows,) = (line for claim, line in lines.items() if claim.startswith("without a bound (`none`) the det"))
+        assert grows[3] == "reproduced" and "A 31.0 (tanh 3.0); B 31.0 (tanh 2.0)" in grows[2]
+
+
+def test_best_other_bound(tmp_path, monkeypatch):
+    """The winner is named, and as many seeds are claimed as the l with the fewest has."""
+    claim, fine = "l = 0.5 is a good default: no other is better", [60, 61, 62]
+    others = {f"tanh-{bound}": {"A": fine, "B": fine} for bound in ("0.1", "0.25", "1", "2")}
+    scores = {"NFPO": {"A": fine, "B": fine}, **others, "tanh-2": {"A": [90, 91, 92], "B": [90, 91, 92]}}
+    row = ablation_of(tmp_path, monkeypatch, scores)[claim]
+    assert row[2].startswith("the best other: tanh-2: P = 1.00") and row[3] == "**not reproduced**"
+    scores["tanh-1"] = {"A": [60], "B": [60]}
+    assert ablation_of(tmp_path, monkeypatch, scores)[claim][3] == "open (1 of 3 seeds)"
+
+
+def test_sensitivity(tmp_path, monkeypatch):
+    """(best - worst) / best of each sweep by hand; without a difference between sweeps there is no verdict."""
+    claim = "tanh is less sensitive to l than clip"
+    tanh, clip = report.ABLATION_ROWS["3"].values()
+    noise = np.array([-1.0, 0, 1])
+
+    def line(worst: float, spread: float) -> list[str]:
+        scores = {name: {"A": 100 + spread * noise, "B": 200 + spread * noise} for name in (*tanh, *clip)}
+        scores["clip-2"] = {"A": worst + spread * noise, "B": worst + spread * noise}
+        return ablation_of(tmp_path, monkeypatch, scores)[claim]
+
+    row = line(50, 0)
+    assert row[2:] == [
+        "(best - worst) / best over l: A 0% against 50%; B 0% against 75%; difference [62%, 62%]",
+        "reproduced",
+    ]
+    assert line(90, 60)[3] == "not decidable here"
+    scores = {name: {"A": [100.0] * 3, "B": [100.0] * 3} for name in (*tanh, *clip)}
+    scores["tanh-2"] = {"A": [None] * 3, "B": [None] * 3}  # a run that broke earned nothing
+    row = ablation_of(tmp_path, monkeypatch, scores)[claim]
+    assert "A 100% against 0%" in row[2] and row[3] == "**not reproduced**"
 
 
 def test_speed(tmp_path):
@@ -500,7 +617,7 @@ def test_speed(tmp_path):
     results = report.Results(tmp_path)
     twin, cleanrl = report.summary_cost(results)
     assert twin[2:] == ["2.00 x (rounds: 1.11, 2.00, 2.00)", "**fell short**"]
-    assert cleanrl[2:] == ["2.00 x (rounds: 5.00, 1.50, 2.00)", "reached"]
+    assert cleanrl[2:] == ["2.00 x (rounds: 5.00, 1.50, 2.00)", "reached, by the median: rounds are on both sides"]
     lines = report.table_speed(results).splitlines()
     assert lines[2] == "| **NFPO, `nfpo_continuous_action.py`** | 10 | 20 | 40 | 2.00 | 2.00 |"
     assert lines[3] == "| its Gaussian twin | 9 | 10 | 20 | 4.00 | 1.00 |"
@@ -519,7 +636,7 @@ def test_results_of_a_readers_own(tmp_path, monkeypatch, capsys):
 
 
 def test_curves_with_holes(tmp_path):
-    """A bin without an episode is bridged; a run that broke ends the common curve."""
+    """A bin without an episode is bridged; the shortest run ends the common curve, and one that broke has its own."""
     key = {"env_id": "X", "variant": "v", "total_timesteps": 40}
     rows = [
         {**key, "seed": seed, "step": step, "episodic_return": value}
@@ -532,3 +649,10 @@ def test_curves_with_holes(tmp_path):
     assert steps.tolist() == [10, 20, 30]
     assert values.tolist() == [[1, 2, 3], [6, 6, 8]]
     assert report.Results(tmp_path).curve("X", "w", 40, "episodic_return") is None
+    assert report.Results(tmp_path).broken_curves("X", "v", 40, "episodic_return") == []
+    runs = [{**key, "seed": seed, "status": status} for seed, status in ((1, "finished"), (2, "broke"))]
+    pd.DataFrame(runs).to_csv(tmp_path / "runs.csv", index=False)
+    steps, values = report.Results(tmp_path).curve("X", "v", 40, "episodic_return")
+    assert steps.tolist() == [10, 30, 40] and values.tolist() == [[1, 3, 4]]
+    (broken,) = report.Results(tmp_path).broken_curves("X", "v", 40, "episodic_return")
+    assert broken.to_dict() == {20: 6.0, 30: 8.0}
