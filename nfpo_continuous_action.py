@@ -92,6 +92,8 @@ class Args:
     """film episodes into the run's `videos` folder"""
     checkpoint_interval: int = 10
     """iterations between two checkpoints; the first and the last iteration always write one"""
+    keep_interval: Optional[int] = None
+    """iterations between checkpoints that are kept beside the newest, as checkpoint-STEP.pt; none: no other is kept"""
 
     # Continue, evaluate, export
     resume: Optional[str] = None
@@ -171,7 +173,7 @@ class Args:
 
 FLOW_FLAGS = ("num_flow_layers", "hidden_dim", "hidden_layers", "scale_fn", "scale_bound", "learned_base_std")
 # Flags that may differ between a run and its continuation, or its evaluation: they do not change what is computed.
-RESUME_FLAGS = ("resume", "track", "wandb_project_name", "wandb_entity", "capture_video", "runs_dir")
+RESUME_FLAGS = ("resume", "track", "wandb_project_name", "wandb_entity", "capture_video", "runs_dir", "keep_interval")
 EVALUATE_FLAGS = (*RESUME_FLAGS, "evaluate", "eval_episodes", "temperature", "export_onnx", "seed", "cuda", "compile")
 
 
@@ -189,6 +191,7 @@ def check_args(args: Args, policy_class: type, world_size: int = 1) -> None:
         ("clip_coef", "above 0 and below 1", lambda x: 0 < x < 1),
         ("ent_coef vf_coef action_noise temperature", "a number of at least 0", lambda x: 0 <= x < float("inf")),
         ("target_kl", "above 0", lambda x: x is None or x > 0),
+        ("keep_interval", "at least 1", lambda x: x is None or x >= 1),
         ("seed", "between 0 and 2**31 - 1", lambda x: 0 <= x < 2**31),
     ):
         for name in names.split():
@@ -221,6 +224,11 @@ def check_args(args: Args, policy_class: type, world_size: int = 1) -> None:
                 raise BadInput(f"{as_flag(name)} is {getattr(args, name)}, but {policy_class.__name__} has no flow")
     if args.cuda and args.evaluate is None and not torch.cuda.is_available():
         raise BadInput("--cuda is given, but PyTorch finds no GPU here")
+
+
+def resume_flags(args: Args) -> tuple[str, ...]:
+    """Flags that a continued run may change: its length too, unless the learning rate depends on it."""
+    return RESUME_FLAGS if args.anneal_lr else (*RESUME_FLAGS, "total_timesteps")
 
 
 def as_flag(name: str) -> str:
@@ -1074,6 +1082,7 @@ def evaluate(
 
     Raises:
         BadInput: for a checkpoint that is missing, truncated or of another policy.
+        WrongExport: for an exported file that computes something else than the policy.
     """
     state = load_checkpoint(checkpoint, policy_class)
     args = Args(**state["args"])
@@ -1118,10 +1127,14 @@ def evaluate(
     return returns
 
 
+class WrongExport(RuntimeError):
+    """An exported file computes something else than the policy; `main` prints it as one line, exit status 1."""
+
+
 def to_onnx(deployed: DeployedPolicy, path: str, obs: np.ndarray) -> float:
     """Write `deployed` as ONNX, float32 (batch, obs_dim) to float32 (batch, action_dim), and compare both on `obs`.
 
-    Returns the largest difference, of actions above 1 as a share of them. Raises `RuntimeError` if it is above 1e-5:
+    Returns the largest difference, of actions above 1 as a share of them. Raises `WrongExport` if it is above 1e-5:
     such a file must not reach a robot.
     """
     import onnxruntime
@@ -1145,7 +1158,7 @@ def to_onnx(deployed: DeployedPolicy, path: str, obs: np.ndarray) -> float:
     difference = (np.abs(session.run(None, {"obs": obs.numpy()})[0] - actions) / np.abs(actions).clip(1)).max()
     if not difference <= 1e-5:
         os.remove(temporary)
-        raise RuntimeError(f"{path} differs from the PyTorch policy by {difference:.1e}, allowed is 1e-5")
+        raise WrongExport(f"{path} differs from the PyTorch policy by {difference:.1e}, allowed is 1e-5")
     os.replace(temporary, path)
     print(f"Wrote {path}; on {len(obs)} observations it differs from the PyTorch policy by {difference:.1e} at most.")
     return float(difference)
@@ -1347,7 +1360,7 @@ def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tupl
         if (run_dir / "checkpoint.pt").exists():
             checkpoint = load_checkpoint(run_dir, policy_class, "--resume")
             for name, value in checkpoint["args"].items():
-                if name not in RESUME_FLAGS and value != getattr(args, name):
+                if name not in resume_flags(args) and value != getattr(args, name):
                     raise BadInput(
                         f"--resume is {run_dir}, whose checkpoint was made with {as_flag(name)} {value} and whose "
                         f"args.json says {getattr(args, name)}"
@@ -1357,8 +1370,13 @@ def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tupl
                     f"--resume is {run_dir}, a run of {len(checkpoint['processes'])} processes, not of {world_size}; "
                     "start it with as many"
                 )
+            if args.total_timesteps < checkpoint["global_step"]:
+                done = f"the {checkpoint['global_step']} steps that {run_dir} has done"
+                raise BadInput(f"--total-timesteps is {args.total_timesteps}, allowed is at least {done}")
         if rank == 0:
             cut_event_files(run_dir, checkpoint["event_files"] if checkpoint else {})
+            _, saved = read_args(args.resume)
+            write_args(run_dir, policy_class, {**saved, "total_timesteps": args.total_timesteps})
         return run_dir, checkpoint
     message = [None]
     if rank == 0:
@@ -1375,11 +1393,10 @@ def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tupl
 
 def new_run_dir(args: Args, policy_class: type) -> Path:
     """Make the run's folder with its arguments in it, both at once: a run killed at any moment can be resumed."""
-    contents = {"policy_class": policy_class.__name__, **dataclasses.asdict(args)}
     temporary = Path(args.runs_dir, f".new-{os.getpid()}-{time.time_ns()}")
     try:
         temporary.mkdir(parents=True)
-        (temporary / "args.json").write_text(json.dumps(contents, indent=2) + "\n")
+        write_args(temporary, policy_class, dataclasses.asdict(args))
     except OSError as error:
         raise BadInput(f"--runs-dir is {args.runs_dir}, allowed is a folder to write to: {error}") from error
     for now in itertools.count(int(time.time())):  # a second run in the same second takes the next one
@@ -1390,6 +1407,13 @@ def new_run_dir(args: Args, policy_class: type) -> Path:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 shutil.rmtree(temporary)
                 raise BadInput(f"--exp-name is {args.exp_name}, allowed is a part of a file name: {error}") from error
+
+
+def write_args(run_dir: Path, policy_class: type, args: dict) -> None:
+    """Write args.json, atomically: a run that lost it could not be resumed."""
+    temporary = run_dir / "args.tmp"
+    temporary.write_text(json.dumps({"policy_class": policy_class.__name__, **args}, indent=2) + "\n")
+    temporary.replace(run_dir / "args.json")
 
 
 def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, world_size, stop: StopSignal) -> dict:
@@ -1463,7 +1487,9 @@ def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, worl
                 log_iteration(writer, episodes, metrics, global_step)
 
             stop_signal = agree_on(stop.number)
-            if (iteration - 1) % args.checkpoint_interval == 0 or iteration == num_iterations or stop_signal:
+            is_kept = args.keep_interval is not None and iteration % args.keep_interval == 0
+            is_due = (iteration - 1) % args.checkpoint_interval == 0 or iteration == num_iterations
+            if is_due or is_kept or stop_signal:
                 processes = gather_processes({"collector": collector.state_dict(), "random": random_state(device)})
                 if is_main:
                     writer.flush()
@@ -1480,6 +1506,8 @@ def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, worl
                         "processes": processes,
                         "event_files": event_files(run_dir),
                     }
+                    if is_kept:
+                        save_checkpoint(run_dir / f"checkpoint-{global_step}.pt", checkpoint)
                     save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
                 saved_iteration = iteration
     except NonFinite as error:
@@ -1528,6 +1556,7 @@ def open_logs(args: Args, run_dir: Path, new: bool) -> SummaryWriter:
                 resume="allow",
                 sync_tensorboard=True,
                 config=dataclasses.asdict(args),
+                allow_val_change=True,  # a continued run may be longer
                 dir=str(run_dir),
             )
         except wandb.Error as error:
@@ -1604,11 +1633,12 @@ def parse_args(
     except (TypeError, UserWarning) as error:
         reason = str(error).split(". ")[0]
         raise BadInput(f"{flag} is {path}, a run with other arguments than this script's: {reason}") from error
-    free = RESUME_FLAGS if resumes else EVALUATE_FLAGS
+    free = resume_flags(saved) if resumes else EVALUATE_FLAGS
     for name, value in dataclasses.asdict(args).items():
         if name not in free and value != getattr(saved, name):
+            why = " (its learning rate is annealed over them)" if name == "total_timesteps" and resumes else ""
             raise BadInput(
-                f"{as_flag(name)} is {value}, but {path} was run with {getattr(saved, name)}; leave the flag out"
+                f"{as_flag(name)} is {value}, but {path} was run with {getattr(saved, name)}{why}; leave the flag out"
             )
     return args
 
@@ -1643,6 +1673,9 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(3)
+    except WrongExport as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

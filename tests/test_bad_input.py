@@ -71,6 +71,7 @@ def assert_one_line(ended, *words) -> None:
         ("--hidden-layers 0", ["--hidden-layers", "0", "at least 1"]),
         ("--num-flow-layers 0", ["--num-flow-layers", "0", "at least 1"]),
         ("--checkpoint-interval 0", ["--checkpoint-interval", "0", "at least 1"]),
+        ("--keep-interval 0", ["--keep-interval", "0", "at least 1"]),
         ("--torch-threads 0", ["--torch-threads", "0", "at least 1"]),
         ("--scale-bound 0", ["--scale-bound", "0", "above 0"]),
         ("--scale-bound -0.5", ["--scale-bound", "-0.5", "above 0"]),

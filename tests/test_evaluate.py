@@ -125,12 +125,12 @@ def test_onnx_equals_the_policy(env_id, kind, flags, train_small, gaussian, tmp_
     assert not {name for name in operators if "Random" in name or name in ("Bernoulli", "Multinomial", "Dropout")}
 
 
-def test_wrong_export_is_refused(hopper_run, monkeypatch, tmp_path):
-    """An exported file that differs from the policy is an error and does not stay on disk."""
+def test_wrong_export_is_refused(cli, hopper_run, monkeypatch, tmp_path):
+    """An exported file that differs from the policy is an error in one line and does not stay on disk."""
     real = onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [real(*args)[0] + 1e-3])
-    with pytest.raises(RuntimeError, match="differs"):
-        play(hopper_run, eval_episodes=1, export_onnx=str(tmp_path / "policy.onnx"))
+    ended = cli("--evaluate", hopper_run, "--eval-episodes", 1, "--export-onnx", "policy.onnx")
+    assert ended.status == 1 and ended.err.startswith("error: policy.onnx differs") and ended.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -186,6 +186,42 @@ def test_stop_signal_saves(number, flags, never_killed, tmp_path):
     assert_same_run(run_dir, never_killed(flags))
 
 
+def test_trained_longer(cli, tmp_path):
+    """A run whose learning rate is not annealed may be continued beyond its end, and equals one that was longer."""
+    flags = [*RUN, "--no-compile", "--no-anneal-lr"]
+    assert cli(*flags, "--total-timesteps", 128 * 5).status == 0
+    assert cli(*flags, "--total-timesteps", 128 * 2, "--runs-dir", "short/runs").status == 0
+    (expected,), (run_dir,) = run_folders(tmp_path), run_folders(tmp_path / "short")
+    assert cli("--resume", run_dir, "--total-timesteps", 128 * 3).status == 0
+    kept = nfpo.load_checkpoint(run_dir)
+    ended = cli("--resume", run_dir, "--total-timesteps", 128 * 2)
+    assert ended.status == 2 and "is 256, allowed is at least the 384 steps" in ended.err, ended.err
+    # Killed between the new length and its first checkpoint, it still goes on to that length.
+    assert cli("--resume", run_dir, "--total-timesteps", 128 * 5).status == 0
+    nfpo.save_checkpoint(run_dir / "checkpoint.pt", kept)
+    assert cli("--resume", run_dir).status == 0
+    assert_same_run(run_dir, expected)
+
+
+def test_longer_training_of_an_annealed_run(cli, hopper_copy):
+    """The learning rates of a longer run would have been others from the start."""
+    ended = cli("--resume", hopper_copy, "--total-timesteps", 256)
+    assert ended.status == 2 and "its learning rate is annealed" in ended.err and ended.err.count("\n") == 1, ended.err
+
+
+def test_kept_checkpoints(cli, tmp_path):
+    """Every second iteration's checkpoint stays, can be played, and is the one that a run of that length ends with."""
+    flags = [*RUN, "--no-compile", "--no-anneal-lr", "--checkpoint-interval", 3]
+    assert cli(*flags, "--total-timesteps", 128 * 5, "--keep-interval", 2).status == 0
+    (run_dir,) = run_folders(tmp_path)
+    assert {file.name for file in run_dir.glob("*.pt")} == {"checkpoint.pt", "checkpoint-256.pt", "checkpoint-512.pt"}
+    assert cli(*flags, "--total-timesteps", 128 * 2, "--runs-dir", "short/runs").status == 0
+    kept = nfpo.load_checkpoint(run_dir / "checkpoint-256.pt")
+    expected = nfpo.load_checkpoint(run_folders(tmp_path / "short")[0])
+    assert differences(kept["policy"], expected["policy"]) == [] and kept["global_step"] == 256
+    assert cli("--evaluate", run_dir / "checkpoint-256.pt", "--eval-episodes", 1).status == 0
+
+
 @pytest.fixture
 def hopper_copy(hopper_run, tmp_path) -> Path:
     """A finished run that a test may change."""
