@@ -77,7 +77,8 @@ class Args:
     seed: int = 1
     """seed of networks, noise, minibatches and environments"""
     total_timesteps: int = 200_000_000
-    """environment steps to train for, over all environments and processes; Unitree's own PPO takes 983M for g1"""
+    """environment steps to train for, over all environments and processes; Unitree's own PPO takes 983M for g1. Beside
+    --resume, a larger number trains longer"""
     runs_dir: str = "runs"
     """folder that receives one folder a run"""
 
@@ -100,6 +101,8 @@ class Args:
     """Weights & Biases entity (team)"""
     checkpoint_interval: int = 50
     """iterations between two checkpoints; the first and the last iteration always write one"""
+    keep_interval: Optional[int] = None
+    """iterations between checkpoints that are kept beside the newest, as checkpoint-STEP.pt; none: no other is kept"""
 
     # Continue, evaluate, export
     resume: Optional[str] = None
@@ -121,7 +124,8 @@ class Args:
     random_initial_steps: bool = True
     """start the first episodes at random step counts, so that not all environments meet the time limit at once"""
     randomize: bool = True
-    """legged_gym's observation noise, random friction and pushes; --no-randomize evaluates as Unitree's play.py does"""
+    """legged_gym's observation noise, random friction and pushes; --no-randomize evaluates as Unitree's play.py does.
+    IsaacGymEnvs' tasks have theirs in their own configuration"""
     normalize_obs: bool = False
     """normalize observations by running statistics; Unitree's tasks scale them already, most of IsaacGymEnvs' do not"""
     reward_scale: float = 1.0
@@ -191,7 +195,9 @@ class Args:
 
 FLOW_FLAGS = ("num_flow_layers", "hidden_dim", "hidden_layers", "scale_fn", "scale_bound", "learned_base_std")
 # Flags that may differ between a run and its continuation, or its evaluation: they do not change what is computed.
-RESUME_FLAGS = ("resume", "track", "wandb_project_name", "wandb_entity", "runs_dir", "device", "headless")
+RESUME_FLAGS = (
+    *("resume", "track", "wandb_project_name", "wandb_entity", "runs_dir", "device", "headless", "keep_interval"),
+)
 EVALUATE_FLAGS = (
     *RESUME_FLAGS,
     *("evaluate", "eval_episodes", "temperature", "export_jit", "export_onnx", "seed", "compile", "randomize"),
@@ -213,6 +219,7 @@ def check_args(args: Args, policy_class: type, world_size: int = 1) -> None:
         ("clip_coef", "above 0 and below 1", lambda x: 0 < x < 1),
         ("ent_coef vf_coef action_noise temperature", "a number of at least 0", lambda x: 0 <= x < float("inf")),
         ("desired_kl", "above 0", lambda x: x is None or x > 0),
+        ("keep_interval", "at least 1", lambda x: x is None or x >= 1),
         ("seed", "between 0 and 2**31 - 1", lambda x: 0 <= x < 2**31),
     ):
         for name in names.split():
@@ -263,6 +270,11 @@ def check_device(name: str) -> None:
         )
 
 
+def resume_flags(args: Args) -> tuple[str, ...]:
+    """Flags that a continued run may change: its length too, unless the learning rate depends on it."""
+    return RESUME_FLAGS if args.anneal_lr else (*RESUME_FLAGS, "total_timesteps")
+
+
 def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -279,8 +291,8 @@ class Step(NamedTuple):
     critic_obs: Optional[torch.Tensor]  # (N, critic_obs_dim), None where the critic sees what the policy sees
     reward: torch.Tensor  # (N,)
     done: torch.Tensor  # (N,) bool
-    time_out: torch.Tensor  # (N,) bool, done by the time limit alone
-    terms: dict  # the environment's own episode terms: {name: mean over the episodes that it has just reset}
+    time_out: torch.Tensor  # (N,) bool, done at the time limit, even if the robot fell in that very step
+    terms: dict  # the environment's own: {name: mean over the episodes just reset, or IsaacGymEnvs' scalar of the step}
 
 
 class LeggedGymEnvs:
@@ -293,7 +305,7 @@ class LeggedGymEnvs:
 
     def __init__(self, name: str, num_envs: int, seed: int, device: str, headless: bool, randomize: bool):
         from isaacgym import gymapi
-        from legged_gym.utils import task_registry
+        from legged_gym.utils import class_to_dict, task_registry
 
         on_gpu = torch.device(device).type == "cuda"
         env_cfg, train_cfg = task_registry.get_cfgs(name)
@@ -313,7 +325,8 @@ class LeggedGymEnvs:
             subscenes=0,
             num_threads=0,
         )
-        self.env, _ = task_registry.make_env(name, settings)
+        self.env, env_cfg = task_registry.make_env(name, settings)
+        self.cfg = class_to_dict(env_cfg)
         self.num_envs, self.max_episode_length = num_envs, int(self.env.max_episode_length)
         self.obs_dim, self.action_dim = self.env.num_obs, self.env.num_actions
         self.critic_obs_dim = self.env.num_privileged_obs
@@ -336,8 +349,10 @@ class LeggedGymEnvs:
         return Step(obs, critic_obs, reward, done, time_out, infos.get("episode", {}))
 
     def state_dict(self) -> dict:
-        """What a curriculum of commands has reached, and the counter that times the pushes. Levels of terrain are not
-        among them: all episodes start anew, and with them the levels."""
+        """What leggedrobotics' legged_gym carries from episode to episode: the ranges that its curriculum of commands
+        has reached, and the counter that times it and the pushes. Unitree's fork has both and lets them lie: it calls
+        no curriculum, and pushes by the step of the episode. Levels of terrain are not among them: all episodes start
+        anew, and with them the levels."""
         found = {x: getattr(self.env, x) for x in ("command_ranges", "common_step_counter") if hasattr(self.env, x)}
         # A curriculum leaves NumPy's numbers, which `load_checkpoint` would refuse.
         return json.loads(json.dumps(found, default=float))
@@ -351,8 +366,8 @@ class IsaacGymEnvs:
     """A task of IsaacGymEnvs.
 
     Environments reset in the step after the one that ends their episode. So the true last observation is seen, and the
-    next step must not be trained on: most tasks ignore its action. AnymalTerrain and HumanoidAMP reset otherwise and
-    are refused by `import_simulator`.
+    next step must not be trained on: the policy chose its action for the old episode. Nine tasks then ignore it, the
+    others apply it to the fresh state. `import_simulator` refuses the tasks that work otherwise.
     """
 
     resets_in_step = False
@@ -372,6 +387,7 @@ class IsaacGymEnvs:
             headless=headless,
             force_render=not headless,
         )
+        self.cfg = self.env.cfg
         self.num_envs, self.max_episode_length = num_envs, int(self.env.max_episode_length)
         self.obs_dim, self.action_dim = self.env.num_obs, self.env.num_acts
         self.critic_obs_dim = self.env.num_states or None
@@ -402,6 +418,17 @@ class IsaacGymEnvs:
             self.env.set_env_state(state["env_state"])
 
 
+# Configurations of IsaacGymEnvs that do not work here, by how their names start.
+REFUSED_TASKS = {
+    ("AnymalTerrain", "HumanoidAMP"): "does not reset like the other tasks of isaacgymenvs, in the step after an "
+    "episode's end; for Anymal on terrain take anymal_c_rough of leggedrobotics' legged_gym, in an environment of its "
+    "own: Unitree's fork has the same package name and no Anymal",
+    ("Factory", "IndustReal"): "isaacgymenvs.make cannot build: while they are made, these tasks read further "
+    "configurations, which only IsaacGymEnvs' own train.py finds (its issue 197)",
+    ("AllegroHandDextreme",): "gives its observations in a dictionary of parts; the policy needs one vector",
+}
+
+
 def split_env_id(env_id: str) -> tuple:
     """`module:task` to (module, task); the module is empty where none is named."""
     module, _, name = env_id.rpartition(":")
@@ -427,19 +454,36 @@ def import_simulator(env_id: str) -> None:
             tasks = importlib.import_module("legged_gym.utils").task_registry.task_classes
         else:
             folder = Path(importlib.import_module(package).__file__).parent
-            tasks = {file.stem for file in folder.glob("cfg/task/*.yaml")}  # the names that `make` knows
+            tasks = {file.stem for file in folder.glob("cfg/task/*.yaml")}
     except ImportError as error:
         raise BadInput(
             f"--env-id is {env_id}, which needs {module or package} ({' '.join(str(error).split())}); "
             f"{package} is at {source}, to be cloned and installed with `pip install -e`"
         ) from error
+    if package == "isaacgymenvs":
+        for starts, reason in REFUSED_TASKS.items():
+            if name.startswith(starts):
+                raise BadInput(f"--env-id is {env_id}, which {reason}")
+            tasks = {task for task in tasks if not task.startswith(starts)}
     if name not in tasks:
         near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.0)
         raise BadInput(f"--env-id is {env_id}, which {package} does not have; nearest names: {', '.join(near)}")
-    if package == "isaacgymenvs" and name.startswith(("AnymalTerrain", "HumanoidAMP")):
+
+
+def check_isaacgymenvs(env_id: str, device: str, randomize: bool) -> None:
+    """Raise `BadInput` for what `isaacgymenvs.make` would silently do otherwise: its configuration decides."""
+    module, name = split_env_id(env_id)
+    if module != "isaacgymenvs":
+        return
+    if not randomize:
         raise BadInput(
-            f"--env-id is {env_id}, which does not reset like the other tasks of {package}, in the step after an "
-            "episode's end; for Anymal on terrain take legged_gym's anymal_c_rough"
+            f"--no-randomize is given with {env_id}, whose randomization only `task: randomize:` in IsaacGymEnvs' "
+            f"cfg/task/{name}.yaml switches; leave the flag out"
+        )
+    if device == "cpu":
+        raise BadInput(
+            f"--device is cpu, allowed is cuda:0, cuda:1, ... with {env_id}: IsaacGymEnvs' cfg/config.yaml keeps the "
+            "physics on the GPU"
         )
 
 
@@ -731,7 +775,7 @@ class Rollout(NamedTuple):
     next_values: torch.Tensor  # (T, N), of the state that really followed, or what stands in for it
     terminated: torch.Tensor  # (T, N) bool
     done: torch.Tensor  # (T, N) bool, terminated or timed out
-    resetting: torch.Tensor  # (T, N) bool, the step ignored its action and only reset the environment
+    resetting: torch.Tensor  # (T, N) bool, the step only reset the environment: its observation is the old episode's
 
 
 class EpisodeMeans:
@@ -796,16 +840,18 @@ class Collector:
         """Step all environments. Actions (N, action_dim) to scaled rewards, done, time-outs and resetting, all (N,)."""
         obs, critic_obs, reward, done, time_out, terms = self.envs.step(action)
         resetting, done = self.ended, done.clone()
+        ended = done & ~resetting  # Anymal's fallen robot is done again in the step that resets it: no second episode
         self.episode_return += reward.masked_fill(resetting, 0.0)
         self.episode_length += ~resetting
-        # The environment's terms are means over those that it has reset in this step.
-        num_done = done.sum()
-        num_reset = num_done if self.envs.resets_in_step else resetting.sum()
+        # legged_gym's terms are means over the episodes that it has reset in this step; scalars of IsaacGymEnvs are
+        # logged as they are in those steps.
+        num_ended = ended.sum()
+        num_reset = num_ended if self.envs.resets_in_step else resetting.sum()
         totals = {
-            "charts/episodic_return": self.episode_return.masked_fill(~done, 0.0).sum(),
-            "charts/episodic_length": self.episode_length.masked_fill(~done, 0.0).sum(),
+            "charts/episodic_return": self.episode_return.masked_fill(~ended, 0.0).sum(),
+            "charts/episodic_length": self.episode_length.masked_fill(~ended, 0.0).sum(),
         }
-        self.means.add(num_done, totals)
+        self.means.add(num_ended, totals)
         self.means.add(num_reset, {f"episode/{name}": x * num_reset for name, x in terms.items()})
         self.episode_return.masked_fill_(done, 0.0)
         self.episode_length.masked_fill_(done, 0.0)
@@ -954,7 +1000,7 @@ def ppo_update(policy, critic, optimizer, rollout: Rollout, args: Args, loss_fn=
     batch = [x.flatten(0, 1) for x in batch]
     rows = torch.arange(args.batch_size, device=obs.device)
     resetting = rollout.resetting.flatten()
-    if resetting.any():  # others of the rollout, drawn at random, take the places of steps that ignored their actions
+    if resetting.any():  # others of the rollout, drawn at random, take the places of steps that only reset
         usable = rows[~resetting]
         rows = torch.where(resetting, usable[torch.randint_like(rows, len(usable))], rows)
     old_policy = copy.deepcopy(policy) if args.desired_kl is not None else None
@@ -1134,7 +1180,8 @@ class DeployedPolicy(nn.Module):
         return self.policy.sample(obs, temperature=temperature)[0]
 
     def typical_obs(self, count: int) -> torch.Tensor:
-        """Observations (count, obs_dim) to compare exports on, spread as those that the policy was trained on."""
+        """Observations (count, obs_dim) to compare exports on: spread as in training where --normalize-obs has kept
+        how, else standard normal."""
         obs = torch.randn(count, self.obs_dim, generator=torch.Generator().manual_seed(0))
         return (obs * self.std + self.mean).float() if self.normalizes else obs
 
@@ -1164,11 +1211,13 @@ def evaluate(
 
     Raises:
         BadInput: for a checkpoint that is missing, truncated or of another policy, or a simulator that is missing.
+        WrongExport: for an exported file that computes something else than the policy; none is left then.
     """
     state = load_checkpoint(checkpoint, policy_class)
     args = Args(**state["args"])
     if eval_episodes:
         import_simulator(args.env_id)
+        check_isaacgymenvs(args.env_id, device, randomize)
     policy = make_policy(policy_class, state["obs_dim"], state["action_dim"], args)
     policy.load_state_dict(state["policy"])
     obs_stats = None
@@ -1176,10 +1225,7 @@ def evaluate(
         obs_stats = RunningMeanStd(state["obs_dim"], torch.device("cpu"))
         obs_stats.load_state_dict(state["processes"][0]["collector"]["stats"][0])
     deployed = DeployedPolicy(policy, state["obs_dim"], obs_stats).eval()
-    if export_jit:
-        to_jit(deployed, export_jit)
-    if export_onnx:
-        to_onnx(deployed, export_onnx)
+    export_policy(deployed, export_jit, export_onnx)
     if not eval_episodes:
         return []
 
@@ -1188,69 +1234,91 @@ def evaluate(
     torch.manual_seed(seed)
     returns = torch.zeros(eval_episodes, device=device)
     playing, timed_out = torch.ones_like(returns, dtype=torch.bool), torch.zeros_like(returns, dtype=torch.bool)
+    means = EpisodeMeans()
     with torch.no_grad():
         obs, _ = envs.reset()
         while playing.any():
             step = envs.step(deployed.act(obs, temperature))
             returns += step.reward.masked_fill(~playing, 0.0)
             timed_out |= step.time_out & playing
+            num_ended = (step.done & playing).sum()
+            means.add(num_ended, {name: x * num_ended for name, x in step.terms.items()})
             playing &= ~step.done
             obs = step.obs
     print(f"{timed_out.sum().item()} of {eval_episodes} episodes lasted until the time limit.")
+    terms = means.pop()[1]
+    if terms:
+        print("The task's own means: " + ", ".join(f"{name} {mean:.4g}" for name, mean in terms.items()))
     return returns.tolist()
 
 
-def to_jit(deployed: DeployedPolicy, path: str) -> float:
-    """Write `deployed` as TorchScript for the CPU, float32 (1, obs_dim) to float32 (1, action_dim), and compare both.
+class WrongExport(RuntimeError):
+    """An exported file computes something else than the policy; `main` prints it as one line, exit status 1."""
 
-    Returns the largest difference, of actions above 1 as a share of them. Raises `RuntimeError` if it is above 1e-6:
-    such a file must not reach a robot.
+
+def export_policy(deployed: DeployedPolicy, jit: Optional[str], onnx: Optional[str]) -> None:
+    """Write `deployed` to the files that are named. They get their names together, once each was compared with it.
+
+    Raises:
+        WrongExport: for one that differs. None is left then, since it might reach a robot.
     """
-    obs, temporary = deployed.typical_obs(256), path + ".tmp"
+    files = [(path, f"{path}.tmp", write) for path, write in ((jit, to_jit), (onnx, to_onnx)) if path]
+    try:
+        for path, temporary, write in files:
+            compare_export(deployed, write(deployed, temporary), path)
+        for path, temporary, _ in files:
+            os.replace(temporary, path)
+            print(f"Wrote {path}.")
+    finally:
+        for _, temporary, _ in files:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+
+
+def to_jit(deployed: DeployedPolicy, path: str):
+    """Write `deployed` as TorchScript for the CPU, float32 (1, obs_dim) to float32 (1, action_dim), and load it."""
     with torch.no_grad():
-        module = torch.jit.freeze(torch.jit.trace(deployed, obs[:1]))
-    torch.jit.save(module, temporary)
-    loaded = torch.jit.load(temporary)
-    return finish_export(deployed, loaded, obs, temporary, path)
+        module = torch.jit.freeze(torch.jit.trace(deployed, deployed.typical_obs(1)))
+    torch.jit.save(module, path)
+    return torch.jit.load(path)
 
 
-def to_onnx(deployed: DeployedPolicy, path: str) -> float:
-    """Write `deployed` as ONNX, float32 (batch, obs_dim) to float32 (batch, action_dim); the rest as in `to_jit`."""
+def to_onnx(deployed: DeployedPolicy, path: str):
+    """Write `deployed` as ONNX, float32 (batch, obs_dim) to float32 (batch, action_dim), and load it."""
     import onnxruntime
 
-    obs, temporary = deployed.typical_obs(256), path + ".tmp"
-    axes = {"obs": {0: "batch"}, "action": {0: "batch"}}
+    obs, axes = deployed.typical_obs(1), {"obs": {0: "batch"}, "action": {0: "batch"}}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        torch.onnx.export(
-            deployed, (obs[:1],), temporary, input_names=["obs"], output_names=["action"], dynamic_axes=axes
-        )
+        torch.onnx.export(deployed, (obs,), path, input_names=["obs"], output_names=["action"], dynamic_axes=axes)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # on networks this small, threads cost more than they do
-    session = onnxruntime.InferenceSession(temporary, options, providers=["CPUExecutionProvider"])
-    return finish_export(
-        deployed, lambda x: torch.from_numpy(session.run(None, {"obs": x.numpy()})[0]), obs, temporary, path
-    )
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"obs": x.numpy()})[0])
 
 
 @torch.no_grad()
-def finish_export(deployed: DeployedPolicy, exported, obs: torch.Tensor, temporary: str, path: str) -> float:
-    """Compare an exported policy with the one it came from, one observation at a time, and move it to its place."""
+def compare_export(deployed: DeployedPolicy, exported, path: str) -> float:
+    """Compare what was loaded with the policy it came from, one observation at a time.
+
+    Returns the largest difference, of actions above 1 as a share of them. Raises `WrongExport` if it is above 1e-5.
+    """
     expected, found, seconds = [], [], []
-    for x in obs.split(1):
+    for x in deployed.typical_obs(256).split(1):
         expected.append(deployed(x))
         start = time.perf_counter()
         found.append(exported(x))
         seconds.append(time.perf_counter() - start)
     expected = torch.cat(expected)
-    # Of actions above 1 a share: float32 has seven digits, and those of a trained policy may well be 50.
+    # Of actions above 1 a share: float32 has seven digits, and those of a trained policy may well be 50. Its layers add
+    # up rounding to some 2e-6; what is wrong differs by far more.
     difference = ((torch.cat(found) - expected).abs() / expected.abs().clamp(min=1)).max().item()
-    if not difference <= 1e-6:
-        os.remove(temporary)
-        raise RuntimeError(f"{path} differs from the policy by {difference:.1e}, allowed is 1e-6")
-    os.replace(temporary, path)
+    if not difference <= 1e-5:
+        raise WrongExport(
+            f"{path} would differ from the policy by {difference:.1e}, allowed is 1e-5; nothing is written"
+        )
     milliseconds = 1000 * float(np.median(seconds))
-    print(f"Wrote {path}: {difference:.1e} from the policy at most, {milliseconds:.2f} ms a decision on this CPU.")
+    print(f"{path}: {difference:.1e} from the policy at most, {milliseconds:.2f} ms a decision on this CPU.")
     return difference
 
 
@@ -1394,6 +1462,7 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     check_args(args, policy_class, world_size)
     device = torch.device(args.device)
     import_simulator(args.env_id)
+    check_isaacgymenvs(args.env_id, args.device, args.randomize)
     stop = StopSignal()
     torch.set_num_threads(args.torch_threads)
     if device.type == "cuda":
@@ -1404,6 +1473,8 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     try:
         run_dir, checkpoint = open_run(args, policy_class, rank, world_size)
         envs = make_envs(args.env_id, args.num_envs, args.seed + rank, args.device, args.headless, args.randomize)
+        if rank == 0:  # whoever deploys compares it with the robot: action scale, default angles, gains, ...
+            (run_dir / "env_cfg.json").write_text(json.dumps(envs.cfg, indent=2, default=plain) + "\n")
         metrics = train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, world_size, stop)
         if distributed:
             dist.barrier()  # or a process that leaves early, while another still writes, was seen to hang
@@ -1425,7 +1496,7 @@ def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tupl
         if (run_dir / "checkpoint.pt").exists():
             checkpoint = load_checkpoint(run_dir, policy_class, "--resume")
             for name, value in checkpoint["args"].items():
-                if name not in RESUME_FLAGS and value != getattr(args, name):
+                if name not in resume_flags(args) and value != getattr(args, name):
                     raise BadInput(
                         f"--resume is {run_dir}, whose checkpoint was made with {as_flag(name)} {value} and whose "
                         f"args.json says {getattr(args, name)}"
@@ -1435,8 +1506,13 @@ def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tupl
                     f"--resume is {run_dir}, a run of {len(checkpoint['processes'])} processes, not of {world_size}; "
                     "start it with as many"
                 )
+            if args.total_timesteps < checkpoint["global_step"]:
+                done = f"the {checkpoint['global_step']} steps that {run_dir} has done"
+                raise BadInput(f"--total-timesteps is {args.total_timesteps}, allowed is at least {done}")
         if rank == 0:
             cut_event_files(run_dir, checkpoint["event_files"] if checkpoint else {})
+            _, saved = read_args(args.resume)
+            write_args(run_dir, policy_class, {**saved, "total_timesteps": args.total_timesteps})
         return run_dir, checkpoint
     message = [None]
     if rank == 0:
@@ -1453,11 +1529,10 @@ def open_run(args: Args, policy_class: type, rank: int, world_size: int) -> tupl
 
 def new_run_dir(args: Args, policy_class: type) -> Path:
     """Make the run's folder with its arguments in it, both at once: a run killed at any moment can be resumed."""
-    contents = {"policy_class": policy_class.__name__, **dataclasses.asdict(args)}
     temporary = Path(args.runs_dir, f".new-{os.getpid()}-{time.time_ns()}")
     try:
         temporary.mkdir(parents=True)
-        (temporary / "args.json").write_text(json.dumps(contents, indent=2) + "\n")
+        write_args(temporary, policy_class, dataclasses.asdict(args))
     except OSError as error:
         raise BadInput(f"--runs-dir is {args.runs_dir}, allowed is a folder to write to: {error}") from error
     for now in itertools.count(int(time.time())):  # a second run in the same second takes the next one
@@ -1468,6 +1543,20 @@ def new_run_dir(args: Args, policy_class: type) -> Path:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 shutil.rmtree(temporary)
                 raise BadInput(f"--exp-name is {args.exp_name}, allowed is a part of a file name: {error}") from error
+
+
+def write_args(run_dir: Path, policy_class: type, args: dict) -> None:
+    """Write args.json, atomically: a run that lost it could not be resumed."""
+    temporary = run_dir / "args.tmp"
+    temporary.write_text(json.dumps({"policy_class": policy_class.__name__, **args}, indent=2) + "\n")
+    temporary.replace(run_dir / "args.json")
+
+
+def plain(x):
+    """For JSON, what a task's configuration holds beside plain values: NumPy's numbers, OmegaConf's lists, ..."""
+    if hasattr(x, "tolist"):
+        return x.tolist()
+    return list(x) if hasattr(x, "__iter__") else str(x)
 
 
 def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, world_size, stop: StopSignal) -> dict:
@@ -1531,7 +1620,9 @@ def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, worl
                     writer.add_scalar(name, value, global_step)
 
             stop_signal = agree_on(stop.number)
-            if (iteration - 1) % args.checkpoint_interval == 0 or iteration == num_iterations or stop_signal:
+            is_kept = args.keep_interval is not None and iteration % args.keep_interval == 0
+            is_due = (iteration - 1) % args.checkpoint_interval == 0 or iteration == num_iterations
+            if is_due or is_kept or stop_signal:
                 processes = gather_processes({"collector": collector.state_dict(), "random": random_state(device)})
                 if is_main:
                     writer.flush()
@@ -1550,6 +1641,8 @@ def train_loop(args, policy_class, envs, device, run_dir, checkpoint, rank, worl
                         "processes": processes,
                         "event_files": event_files(run_dir),
                     }
+                    if is_kept:
+                        save_checkpoint(run_dir / f"checkpoint-{global_step}.pt", checkpoint)
                     save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
                 saved_iteration = iteration
     except NonFinite as error:
@@ -1598,6 +1691,7 @@ def open_logs(args: Args, run_dir: Path, new: bool) -> SummaryWriter:
                 resume="allow",
                 sync_tensorboard=True,
                 config=dataclasses.asdict(args),
+                allow_val_change=True,  # a continued run may be longer
                 dir=str(run_dir),
             )
         except wandb.Error as error:
@@ -1664,11 +1758,12 @@ def parse_args(
     except (TypeError, UserWarning) as error:
         reason = str(error).split(". ")[0]
         raise BadInput(f"{flag} is {path}, a run with other arguments than this script's: {reason}") from error
-    free = RESUME_FLAGS if resumes else EVALUATE_FLAGS
+    free = resume_flags(saved) if resumes else EVALUATE_FLAGS
     for name, value in dataclasses.asdict(args).items():
         if name not in free and value != getattr(saved, name):
+            why = " (its learning rate is annealed over them)" if name == "total_timesteps" and resumes else ""
             raise BadInput(
-                f"{as_flag(name)} is {value}, but {path} was run with {getattr(saved, name)}; leave the flag out"
+                f"{as_flag(name)} is {value}, but {path} was run with {getattr(saved, name)}{why}; leave the flag out"
             )
     return args
 
@@ -1707,6 +1802,9 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(3)
+    except WrongExport as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -144,19 +144,34 @@ def main() -> None:
                 writer.writeheader()
             writer.writerows(rows)
 
-    print("\n| | learning / PPO | learning s | 24 decisions / PPO | memory MiB | compilation s | parameters |")
-    print("|-|-|-|-|-|-|-|")
-    for name in CONTENDERS:
-        mine = [row for row in rows if row["contender"] == name]
-        other = [row for row in rows if row["contender"] == name.replace("NFPO", "PPO")]
+    print("\n" + table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of all rounds as Markdown: medians, and of ratios to PPO the medians of those within a round."""
+    lines = [
+        "| | learning, x PPO in the same mode | x PPO uncompiled | learning, s | 24 decisions, x PPO in the same mode "
+        "| peak memory, MiB | compilation, s | parameters of the policy |",
+        "|-|-|-|-|-|-|-|-|",
+    ]
+    of = {name: [row for row in rows if row["contender"] == name] for name in CONTENDERS}
+    for name, mine in of.items():
         median = {key: statistics.median(row[key] for row in mine) for key in mine[0] if key.endswith(("_s", "_mib"))}
-        learning, acting = (
-            statistics.median(a[key] / b[key] for a, b in zip(mine, other)) for key in ("learning_s", "acting_s")
+        same, plain, acting = (
+            statistics.median(a[key] / b[key] for a, b in zip(mine, of[other]))
+            for key, other in (
+                ("learning_s", name.replace("NFPO", "PPO")),
+                ("learning_s", "PPO"),
+                ("acting_s", name.replace("NFPO", "PPO")),
+            )
         )
-        print(
-            f"| {name} | {learning:.2f} | {median['learning_s']:.2f} | {acting:.2f} "
-            f"| {median['peak_memory_mib']:.0f} | {median['compilation_s']:.0f} | {mine[0]['parameters']} |"
+        is_eager = "compiled" in name and not all(row["is_compiled"] for row in mine)
+        lines.append(
+            f"| {name}{' (fell back to eager)' if is_eager else ''} | {same:.2f} | {plain:.2f} "
+            f"| {median['learning_s']:.2f} | {acting:.2f} | {median['peak_memory_mib']:.0f} "
+            f"| {median['compilation_s']:.0f} | {mine[0]['parameters']} |"
         )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,12 @@ def assert_one_line(ended, *words):
     [
         ("--env-id cartpol", ["--env-id", "cartpol,", "cartpole"]),
         ("--env-id isaacgymenvs:Cartpol", ["--env-id", "Cartpol,", "Cartpole"]),
-        ("--env-id isaacgymenvs:AnymalTerrain", ["--env-id", "AnymalTerrain", "anymal_c_rough"]),
+        ("--env-id isaacgymenvs:AnymalTerrain", ["--env-id", "AnymalTerrain", "anymal_c_rough", "leggedrobotics"]),
+        ("--env-id isaacgymenvs:FactoryTaskNutBoltPick", ["--env-id", "FactoryTaskNutBoltPick", "isaacgymenvs.make"]),
+        ("--env-id isaacgymenvs:FactoryBase", ["--env-id", "FactoryBase", "isaacgymenvs.make"]),
+        ("--env-id isaacgymenvs:AllegroHandDextremeADR", ["--env-id", "AllegroHandDextremeADR", "dictionary"]),
+        ("--env-id isaacgymenvs:Cartpole --total-timesteps 48", ["--device", "cpu", "cuda:0", "isaacgymenvs:Cartpole"]),
+        ("--env-id isaacgymenvs:Cartpole --no-randomize --total-timesteps 48", ["--no-randomize", "Cartpole.yaml"]),
         ("--env-id no_such_module:task", ["--env-id", "no_such_module"]),
         ("--device gpu0", ["--device", "gpu0", "cpu"]),
         ("--device cuda", ["--device", "cuda,", "cuda:0"]),
@@ -44,6 +49,7 @@ def assert_one_line(ended, *words):
         ("--ent-coef -1", ["--ent-coef", "-1", "at least 0"]),
         ("--seed -1", ["--seed", "-1"]),
         ("--desired-kl 0", ["--desired-kl", "0", "above 0"]),
+        ("--keep-interval 0 --total-timesteps 48", ["--keep-interval", "0", "at least 1"]),
         ("--desired-kl 0.01 --anneal-lr", ["--desired-kl", "--anneal-lr"]),
         ("--export-jit a.pt", ["--export-jit", "--evaluate"]),
         ("--export-onnx a.onnx", ["--export-onnx", "--evaluate"]),
@@ -59,6 +65,24 @@ def test_flags(flags, words, cli, tmp_path):
     """Each wrong flag is named with its value and what is allowed, before anything is written."""
     assert_one_line(cli(SMALL, TASK, flags), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nearest_names_can_be_had(cli):
+    """What is proposed instead of a wrong name is not refused in turn."""
+    ended = cli(SMALL, "--env-id isaacgymenvs:AllegroHandDextrem")
+    assert_one_line(ended, "AllegroHandDextrem,", "nearest names")
+    assert "Dextreme" not in ended.err.partition("nearest")[2]
+
+
+def test_evaluation_of_isaacgymenvs(cli, tmp_path, monkeypatch):
+    """What IsaacGymEnvs' configuration decides is refused in an evaluation too, but an export asks for none of it."""
+    args = small_args(env_id="isaacgymenvs:Cartpole", runs_dir=str(tmp_path / "runs"), total_timesteps=48)
+    with monkeypatch.context() as patch:
+        patch.setattr(nfpo, "check_isaacgymenvs", lambda *_: None)
+        run_dir = nfpo.train(args)["run_dir"]
+    assert_one_line(cli(f"--evaluate {run_dir}"), "--device", "cpu")
+    assert_one_line(cli(f"--evaluate {run_dir} --no-randomize"), "--no-randomize")
+    assert cli(f"--evaluate {run_dir} --eval-episodes 0 --export-jit policy.pt").status == 0
 
 
 def test_unwritable_runs_dir(cli, tmp_path):
@@ -116,6 +140,23 @@ def test_foreign_checkpoints(cli, tmp_path):
     for name, value in (("num_steps", "many"), ("critic_hidden_dims", 32)):
         (run_dir / "args.json").write_text(json.dumps({**saved, name: value}))
         assert_one_line(cli(f"--resume {run_dir}"), "--resume")
+
+
+def test_total_timesteps_of_a_resumed_run(cli, tmp_path):
+    """Fewer steps than are done, or another number for a learning rate that is annealed over it, are named."""
+    for flags, total, words in (
+        ({}, 95, ["95", "at least the 96 steps"]),
+        ({"anneal_lr": True}, 192, ["192", "96", "annealed"]),
+    ):
+        args = small_args(runs_dir=str(tmp_path / "runs"), total_timesteps=96, **flags)
+        run_dir = nfpo.Path(nfpo.train(args)["run_dir"])
+        before = (run_dir / "args.json").read_text()
+        assert_one_line(cli(f"--resume {run_dir} --total-timesteps {total}"), "--total-timesteps", *words)
+        assert (run_dir / "args.json").read_text() == before
+    assert_one_line(cli(f"--evaluate {run_dir} --total-timesteps 192"), "--total-timesteps", "192", "96")
+    saved = json.loads(before)
+    (run_dir / "args.json").write_text(json.dumps({**saved, "total_timesteps": 192}))
+    assert_one_line(cli(f"--resume {run_dir}"), "--total-timesteps", "96", "192")  # nor by hand
 
 
 def test_non_finite_stops(cli, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Promise: what is exported is the policy, to 1e-6, and a robot needs nothing of ours to run it in time."""
+"""Promise: what is exported is the policy, to 1e-5, and a robot needs nothing of ours to run it in time."""
 
 import json
 import subprocess
@@ -74,7 +74,7 @@ def test_jit_on_a_robot(exported):
     (folder / "robot.py").write_text(ROBOT)
     out = subprocess.check_output([sys.executable, "robot.py"], cwd=str(folder), env=environment(simulator=False))
     found = json.loads(out)
-    np.testing.assert_allclose(found["actions"], expected, atol=1e-6)
+    np.testing.assert_allclose(found["actions"], expected, atol=1e-5)
     print(f"{found['milliseconds']:.3f} ms")
     assert found["milliseconds"] < 1.0
 
@@ -83,8 +83,8 @@ def test_onnx(exported):
     """The same actions, one at a time and as a batch."""
     folder, inputs, expected = exported
     session = onnxruntime.InferenceSession(str(folder / "policy.onnx"), providers=["CPUExecutionProvider"])
-    np.testing.assert_allclose(session.run(None, {"obs": inputs.numpy()})[0], expected, atol=1e-6)
-    np.testing.assert_allclose(session.run(None, {"obs": inputs[:1].numpy()})[0], expected[:1], atol=1e-6)
+    np.testing.assert_allclose(session.run(None, {"obs": inputs.numpy()})[0], expected, atol=1e-5)
+    np.testing.assert_allclose(session.run(None, {"obs": inputs[:1].numpy()})[0], expected[:1], atol=1e-5)
 
 
 def test_actions_are_not_clipped(tmp_path):
@@ -92,35 +92,48 @@ def test_actions_are_not_clipped(tmp_path):
     policy = nfpo.FlowPolicy(4, 2)
     for layer in policy.layers:
         layer.out.bias.data[:] = -300.0
-    nfpo.to_jit(nfpo.DeployedPolicy(policy, 4, None).eval(), str(tmp_path / "policy.pt"))
+    nfpo.export_policy(nfpo.DeployedPolicy(policy, 4, None).eval(), str(tmp_path / "policy.pt"), None)
     assert torch.jit.load(str(tmp_path / "policy.pt"))(torch.zeros(1, 4)).abs().max() > 100
 
 
-def test_a_wrong_export_is_refused(tmp_path):
-    """A file that is not the policy does not stay."""
-    policy = nfpo.FlowPolicy(4, 2)
-    deployed, temporary = nfpo.DeployedPolicy(policy, 4, None), tmp_path / "a.tmp"
-    temporary.write_text("")
-    with pytest.raises(RuntimeError, match="1e-6"):
-        nfpo.finish_export(
-            deployed, lambda obs: deployed(obs) + 1e-5, torch.randn(3, 4), str(temporary), str(tmp_path / "a")
-        )
-    assert list(tmp_path.iterdir()) == []
+def test_tolerance():
+    """Rounding of some 1e-6, as trained policies were seen to have, is none of a wrong export's."""
+    torch.manual_seed(1)
+    deployed = nfpo.DeployedPolicy(nfpo.FlowPolicy(4, 2), 4, None)
+    assert 2e-6 < nfpo.compare_export(deployed, lambda obs: deployed(obs) + 3e-6, "a") < 4e-6
+    for wrong in (3e-5, float("nan")):
+        with pytest.raises(nfpo.WrongExport, match="1e-5"):
+            nfpo.compare_export(deployed, lambda obs: deployed(obs) + wrong, "a")  # noqa: B023
+
+
+def test_a_wrong_export_is_refused(cli, tmp_path, monkeypatch):
+    """A file that is not the policy ends the command with one line, and leaves neither itself nor the other one."""
+    run_dir = nfpo.train(small_args(env_id="pointmass", runs_dir=str(tmp_path), total_timesteps=48))["run_dir"]
+    to_onnx = nfpo.to_onnx
+
+    def wrong(deployed, path):
+        load = to_onnx(deployed, path)
+        return lambda obs: load(obs) + 1e-3
+
+    monkeypatch.setattr(nfpo, "to_onnx", wrong)
+    status, _, err = cli(f"--evaluate {run_dir} --eval-episodes 0 --export-jit a.pt --export-onnx a.onnx")
+    assert status == 1 and len(err.strip().splitlines()) == 1 and "a.onnx would differ" in err and "1e-5" in err, err
+    assert [path.name for path in tmp_path.iterdir()] == [nfpo.Path(run_dir).name]
 
 
 def test_large_actions_are_exported(tmp_path):
-    """A trained policy's actions may be far above 1, where float32 rounds to more than 1e-6."""
+    """A trained policy's actions may be far above 1, where float32 rounds to more: they are compared as a share."""
     torch.manual_seed(1)
     policy = nfpo.FlowPolicy(4, 2)
     for layer in policy.layers:
         layer.out.weight.data *= 100
-        layer.out.bias.data[1:] = -20.0  # scale, shift
+        layer.out.bias.data[1:] = -2000.0  # scale, shift
     deployed = nfpo.DeployedPolicy(policy, 4, None).eval()
     obs = deployed.typical_obs(256)
-    assert deployed(obs).abs().max() > 20
-    assert 1e-8 < nfpo.to_onnx(deployed, str(tmp_path / "policy.onnx")) <= 1e-6
+    assert deployed(obs).abs().max() > 2000
+    nfpo.export_policy(deployed, None, str(tmp_path / "policy.onnx"))
     session = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx"), providers=["CPUExecutionProvider"])
-    assert np.abs(session.run(None, {"obs": obs.numpy()})[0] - deployed(obs).detach().numpy()).max() > 1e-6
+    assert np.abs(session.run(None, {"obs": obs.numpy()})[0] - deployed(obs).detach().numpy()).max() > 1e-5
 
 
 def test_evaluate_temperature_and_seed(tmp_path):
@@ -132,3 +145,21 @@ def test_evaluate_temperature_and_seed(tmp_path):
     assert len(play()) == 5
     noisy, quiet = play(), play(randomize=False)
     assert noisy != quiet
+
+
+@pytest.mark.parametrize(
+    "env_id, names",
+    [("cartpole", ["rew_alive", "rew_upright", "max_command_x"]), ("isaacgymenvs:Cartpole", ["distance"])],
+)
+def test_evaluate_prints_the_terms(env_id, names, tmp_path, monkeypatch, capsys):
+    """An evaluation says what the task itself measured, over the episodes that it played: here, what adds up to the
+    return."""
+    monkeypatch.setattr(nfpo, "check_isaacgymenvs", lambda *_: None)
+    run_dir = nfpo.train(small_args(env_id=env_id, runs_dir=str(tmp_path), total_timesteps=48))["run_dir"]
+    returns = nfpo.evaluate(run_dir, eval_episodes=1, device="cpu")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("The task's own means: ")]
+    found = dict(word.split() for word in line.partition(": ")[2].split(", "))
+    assert set(names) <= set(found)
+    if env_id == "cartpole":  # one episode: its terms, times the longest episode's seconds, are its return, ...
+        total = 200 * 0.02 * (float(found["rew_alive"]) + float(found["rew_upright"]))
+        assert total - 0.02 == pytest.approx(returns[0], abs=0.003)  # ... and the step that `reset` takes

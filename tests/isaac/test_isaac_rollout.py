@@ -9,7 +9,8 @@ import nfpo_isaacgym as nfpo
 
 from .conftest import make_collector, make_networks, small_args
 
-LEGGED, ISAACGYMENVS = ("cartpole", "pointmass"), ("isaacgymenvs:Cartpole", "isaacgymenvs:Pointmass")
+LEGGED = ("cartpole", "pointmass")
+ISAACGYMENVS = ("isaacgymenvs:Cartpole", "isaacgymenvs:Pointmass", "isaacgymenvs:Anymal")
 
 
 class Truth:
@@ -95,7 +96,7 @@ def test_time_limit_bootstraps_within_step(env_id, monkeypatch):
 @pytest.mark.parametrize("env_id", ISAACGYMENVS)
 def test_time_limit_bootstraps_next_step(env_id, monkeypatch):
     """Where environments reset in the next step: bootstrapped from the true last observation, and the step that only
-    resets is marked, and is the one whose action did nothing."""
+    resets is marked, and is the one whose action was chosen for the old episode."""
     rollout, truth, critic, *_ = collect(env_id, monkeypatch, rollouts=1, num_steps=240)
     _, done, time_out, _, critic_obs = truth.stacked()
     with torch.no_grad():
@@ -113,7 +114,8 @@ def test_resetting_crosses_rollouts(monkeypatch):
 
 @pytest.mark.parametrize("env_id", LEGGED + ISAACGYMENVS)
 def test_episode_means(env_id, monkeypatch):
-    """Returns and lengths are those of the episodes that ended, without the steps that only reset."""
+    """Returns and lengths are those of the episodes that ended, without the steps that only reset; where such a step is
+    done once more, it was no episode."""
     rollout, truth, *_, collector = collect(env_id, monkeypatch)
     reward, done, _, _, _ = truth.stacked()
     returns, lengths = [], []
@@ -122,12 +124,13 @@ def test_episode_means(env_id, monkeypatch):
         for t in range(len(reward)):
             if not rollout.resetting[t, n]:
                 total, length = total + reward[t, n].item(), length + 1
-            if done[t, n]:
+            if done[t, n] and not rollout.resetting[t, n]:
                 returns.append(total)
                 lengths.append(length)
                 total, length = 0.0, 0
+    assert (done & rollout.resetting).any() == (env_id == "isaacgymenvs:Anymal"), "nothing to get wrong"
     episodes, means = collector.means.pop()
-    assert episodes == len(returns) > 0
+    assert episodes == len(returns) > 0 and min(lengths) > 0
     np.testing.assert_allclose(means["charts/episodic_return"], np.mean(returns), rtol=1e-4)
     np.testing.assert_allclose(means["charts/episodic_length"], np.mean(lengths), rtol=1e-4)
     assert collector.means.pop() == (0, {})

@@ -1,6 +1,16 @@
 """Stand-in for IsaacGymEnvs, see ../README.md."""
 
 
+class ListConfig:
+    """As OmegaConf's, which stay in the configurations: a sequence that is no list."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __iter__(self):
+        return iter(self.content)
+
+
 def make(
     seed,
     task,
@@ -15,4 +25,5 @@ def make(
     """As in the real one, `seed` reaches nothing."""
     from isaacgymenvs.tasks import isaacgym_task_map
 
-    return isaacgym_task_map[task](num_envs, rl_device)
+    cfg = {"name": task, "env": {"numEnvs": num_envs, "clipActions": 1.0}, "sim": {"gravity": ListConfig((0.0, -9.81))}}
+    return isaacgym_task_map[task](cfg, rl_device)

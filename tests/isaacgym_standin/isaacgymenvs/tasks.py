@@ -5,10 +5,11 @@ from standin_physics import CartPole, PointMass
 
 
 class StandInTask:
-    physics_class, has_states = None, False
+    physics_class, has_states, feels_old_contacts = None, False, False
 
-    def __init__(self, num_envs, rl_device):
-        self.num_envs, self.rl_device = num_envs, rl_device
+    def __init__(self, cfg, rl_device):
+        self.cfg, self.rl_device = cfg, rl_device
+        self.num_envs = num_envs = cfg["env"]["numEnvs"]
         self.physics = self.physics_class(num_envs, rl_device)
         self.num_obs, self.num_acts = self.physics.num_obs, self.physics.num_actions
         self.num_states = self.physics.num_privileged_obs if self.has_states else 0
@@ -37,6 +38,7 @@ class StandInTask:
         assert actions.dtype == torch.float32 and actions.is_contiguous() and not actions.requires_grad
         self.physics.step(actions.clamp(-1.0, 1.0))
         self.progress_buf += 1
+        failed = self.physics.failed()
         indexes = self.reset_buf.nonzero().flatten()
         if len(indexes):
             self.physics.reset(indexes)
@@ -49,7 +51,9 @@ class StandInTask:
             self.states_buf[:] = self.physics.privileged_obs()
         self.rew_buf[:] = sum(self.physics.rewards().values())
         timed_out = self.progress_buf >= self.max_episode_length - 1
-        self.reset_buf[:] = (self.physics.failed() | timed_out).long()
+        if not self.feels_old_contacts:
+            failed = self.physics.failed()
+        self.reset_buf[:] = (failed | timed_out).long()
         self.extras["time_outs"] = timed_out & (self.reset_buf != 0)
         self.extras["distance"] = self.obs_buf.norm(dim=1).mean()
         return self.reset(), self.rew_buf, self.reset_buf, self.extras
@@ -63,4 +67,10 @@ class Pointmass(StandInTask):
     physics_class = PointMass
 
 
-isaacgym_task_map = {"Cartpole": Cartpole, "Pointmass": Pointmass}
+class Anymal(StandInTask):
+    """In the step that resets a fallen robot, its contacts are still those of the fall: it is done once more."""
+
+    physics_class, feels_old_contacts = CartPole, True
+
+
+isaacgym_task_map = {"Cartpole": Cartpole, "Pointmass": Pointmass, "Anymal": Anymal}

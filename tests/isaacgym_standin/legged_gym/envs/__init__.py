@@ -13,12 +13,19 @@ class EnvCfg:
     class env:
         num_envs = 4096
 
+    class init_state:
+        default_joint_angles = {"pole": 0.0}
+
+    class control:
+        action_scale = 0.25
+
     class noise:
         add_noise = True
 
     class domain_rand:
         randomize_friction = True
         push_robots = True
+        push_interval_s = 5
 
 
 class TrainCfg:
@@ -30,6 +37,7 @@ class StandInTask:
 
     def __init__(self, cfg, sim_device, headless):
         self.cfg, self.device, self.num_envs = cfg, sim_device, cfg.env.num_envs
+        cfg.domain_rand.push_interval = np.ceil(cfg.domain_rand.push_interval_s / 0.02)  # NumPy's, as in the real one
         self.physics = self.physics_class(self.num_envs, self.device)
         self.num_obs, self.num_actions = self.physics.num_obs, self.physics.num_actions
         self.num_privileged_obs = self.physics.num_privileged_obs

@@ -8,6 +8,13 @@ import torch
 from isaacgym import gymapi
 
 
+def class_to_dict(obj):
+    """Nested classes to nested dictionaries."""
+    if not hasattr(obj, "__dict__"):
+        return obj
+    return {name: class_to_dict(getattr(obj, name)) for name in dir(obj) if not name.startswith("_")}
+
+
 def get_args():
     """Parses the whole command line of whatever script is running, and ends it at an option that it does not know."""
     parser = argparse.ArgumentParser()
