@@ -82,7 +82,7 @@ class Args:
     impl: Optional[Literal["jax", "warp"]] = None
     """implementation of the physics; by default warp on an NVIDIA GPU where it is installed, and jax elsewhere"""
     num_devices: int = 1
-    """devices of each process that share the environments and the minibatches"""
+    """devices of each process that share the environments (not with --impl warp) and the minibatches"""
     distributed: bool = False
     """one of several processes, which find each other by themselves on SLURM, Open MPI and TPUs"""
     coordinator: Optional[str] = None
@@ -103,12 +103,14 @@ class Args:
     """film an episode after training, or those of --evaluate, into the run's `videos` folder"""
     checkpoint_interval: int = 50
     """iterations between two checkpoints; the first and the last iteration always write one"""
+    keep_interval: Optional[int] = None
+    """iterations between checkpoints that are kept beside the newest; none: only the newest is kept"""
 
     # Continue, evaluate, export
     resume: Optional[str] = None
-    """run folder to continue, with the run's own arguments"""
+    """run folder to continue, with the run's own arguments; --total-timesteps may be another, to train longer"""
     evaluate: Optional[str] = None
-    """run folder to play instead of training"""
+    """run folder to play instead of training, or a checkpoint that was kept: runs/RUN/checkpoint/500"""
     eval_episodes: int = 10
     """episodes that --evaluate plays, all at once"""
     temperature: float = 0.0
@@ -122,7 +124,8 @@ class Args:
     domain_randomization: bool = False
     """give every environment a physics model of its own, by the environment's own randomizer"""
     full_reset: bool = False
-    """start every episode anew; by default an environment returns to its first state, which is cheaper"""
+    """start every episode anew; by default an environment returns to its first state, the same for the whole run, and
+    keeps what its task remembers in `info`, which is cheaper"""
     random_initial_steps: bool = True
     """start the first episodes at random step counts, so that not all environments meet the time limit at once"""
     config_overrides: str = "{}"
@@ -193,8 +196,9 @@ FLOW_FLAGS = ("num_flow_layers", "hidden_dim", "hidden_layers", "scale_fn", "sca
 # Flags that may differ between a run and its continuation, or its evaluation: they do not change what is computed.
 LOG_FLAGS = ("track", "wandb_project_name", "wandb_entity", "capture_video", "runs_dir")
 DEVICE_FLAGS = ("num_devices", "distributed", "coordinator", "num_processes", "process_id")
-RESUME_FLAGS = ("resume", *DEVICE_FLAGS, *LOG_FLAGS)
-EVALUATE_FLAGS = ("evaluate", "eval_episodes", "temperature", "export_onnx", "export_npz", "seed", "impl", *LOG_FLAGS)
+RESUME_FLAGS = ("resume", "keep_interval", "total_timesteps", *DEVICE_FLAGS, *LOG_FLAGS)
+PLAY_FLAGS = ("eval_episodes", "temperature", "seed", "impl", "domain_randomization", "config_overrides")
+EVALUATE_FLAGS = ("evaluate", *PLAY_FLAGS, "export_onnx", "export_npz", *LOG_FLAGS)
 
 
 class BadInput(ValueError):
@@ -211,6 +215,7 @@ def check_args(args: Args, policy_class: type) -> None:
         ("clip_coef", "above 0 and below 1", lambda x: 0 < x < 1),
         ("ent_coef vf_coef action_noise temperature", "a number of at least 0", lambda x: 0 <= x < float("inf")),
         ("desired_kl", "above 0", lambda x: x is None or x > 0),
+        ("keep_interval", "at least 1", lambda x: x is None or x >= 1),
         ("seed", "between 0 and 2**31 - 1", lambda x: 0 <= x < 2**31),
         ("critic_hidden_dims", "one width a layer, each at least 1", lambda x: len(x) > 0 and min(x) >= 1),
     ):
@@ -254,10 +259,13 @@ def check_args(args: Args, policy_class: type) -> None:
         if args.export_npz:
             raise BadInput(f"--export-npz is for `numpy_policy`, a flow, and {policy_class.__name__} has none")
     try:
-        if not isinstance(json.loads(args.config_overrides), dict):
+        overrides = json.loads(args.config_overrides)
+        if not isinstance(overrides, dict):
             raise ValueError("not an object")
     except ValueError as error:
         raise BadInput(f"--config-overrides is {args.config_overrides}, allowed is a JSON object: {error}") from error
+    if "impl" in overrides:
+        raise BadInput(f"--config-overrides is {args.config_overrides}, allowed is all but impl, which --impl sets")
 
 
 def check_devices(args: Args) -> None:
@@ -280,26 +288,50 @@ def as_flag(name: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 SUITES = (dm_control_suite, locomotion, manipulation)
-LAST_STEP = "AutoResetWrapper_preserve_info"  # the one entry of `info` that Playground's automatic reset leaves alone
+# Playground's automatic reset replaces no entry of `info` by default, and with --full-reset all but this one.
+LAST_STEP = "AutoResetWrapper_preserve_info"
 
 
 class BrokenSimulationWrapper(wrapper.Wrapper):
     """Ends an episode whose simulation left the finite numbers, with reward 0: one broken environment of thousands must
-    neither end a run nor reach its statistics. Stands inside Brax's `EpisodeWrapper`, whose sums would keep a NaN."""
+    neither end a run nor reach its statistics.
+
+    An environment is broken where its reward or any number that it observes is not finite. Its `info` then stays as it
+    was before the step: tasks keep averages and histories there, and by default no reset would ever clean them.
+    `info["is_broken"]` tells of the last step. Stands around a batch of environments and inside Brax's
+    `EpisodeWrapper`, whose sums would keep a NaN.
+    """
+
+    def reset(self, rng: jax.Array):
+        state = self.env.reset(rng)
+        state.info["is_broken"] = jnp.zeros(rng.shape[:-1], bool)
+        return state
 
     def step(self, state, action: jax.Array):
-        state = self.env.step(state, action)
-        is_finite = jnp.isfinite(state.reward)
+        before, state = state.info, self.env.step(state, action)
+        numbers = jax.tree.leaves((state.reward, state.obs))
+        is_broken = ~jnp.stack([jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in numbers]).all(0)  # (N,)
+
+        def keep_if_broken(old: jax.Array, new: jax.Array) -> jax.Array:
+            if new.shape[:1] != is_broken.shape:  # contacts of Warp, which all environments share
+                return new
+            return jnp.where(is_broken.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+
+        info = {**jax.tree.map(keep_if_broken, before, state.info), "is_broken": is_broken}
+        if "_steps" in info:  # a task's own count of steps, which starts anew with the episode
+            info["_steps"] = jnp.where(is_broken, 0, info["_steps"])
         return state.replace(
-            reward=jnp.where(is_finite, state.reward, 0.0),
-            done=jnp.where(is_finite, state.done, 1.0),
-            metrics={name: jnp.where(jnp.isfinite(x), x, 0.0) for name, x in state.metrics.items()},
+            reward=jnp.where(is_broken, jnp.zeros_like(state.reward), state.reward),
+            done=jnp.where(is_broken, jnp.ones_like(state.done), state.done),
+            # Of the same type as they were: some tasks count in integers.
+            metrics={name: jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x)) for name, x in state.metrics.items()},
+            info=info,
         )
 
 
 class LastStepWrapper(wrapper.Wrapper):
     """Keeps what an automatic reset would replace within the same step: the observation that the step really led to,
-    whether a time limit ended the episode, and the sums over the episode.
+    whether a time limit or a broken simulation ended the episode, and the sums over the episode.
 
     Stands between Brax's `EpisodeWrapper` and Playground's automatic reset.
     """
@@ -314,6 +346,7 @@ class LastStepWrapper(wrapper.Wrapper):
         state.info[LAST_STEP] = {
             "obs": state.obs,
             "truncation": state.info["truncation"],
+            "is_broken": state.info["is_broken"],
             "episode_metrics": dict(state.info["episode_metrics"]),
             # The first episodes start at random step counts: their returns are no episode's.
             "is_whole": state.info["episode_metrics"]["length"] == state.info["steps"],
@@ -321,17 +354,19 @@ class LastStepWrapper(wrapper.Wrapper):
         return state
 
 
-def choose_impl(impl: Optional[str]) -> str:
-    """The implementation of MuJoCo's physics that `--impl` asks for, or the fastest that works here."""
+def choose_impl(impl: Optional[str], resume: Optional[str] = None) -> str:
+    """The implementation of MuJoCo's physics that `--impl` asks for, or the fastest that works here. A run to `resume`
+    has no choice: what one saved of its simulation is of no use to the other."""
     has_warp = importlib.util.find_spec("warp") is not None
     device = jax.devices()[0]
     is_nvidia = "cuda" in device.client.platform_version.lower()  # its kind may be "Tesla T4"
+    what, allowed = "--impl is warp", "allowed here is jax"
+    if resume is not None:
+        what, allowed = f"--resume is {resume}, a run with --impl warp", "here --evaluate works, and a new run"
     if impl == "warp" and not has_warp:
-        raise BadInput("--impl is warp, which needs `pip install warp-lang`; allowed here is jax")
+        raise BadInput(f"{what}, which needs `pip install warp-lang`; {allowed}")
     if impl == "warp" and not is_nvidia:
-        raise BadInput(
-            f"--impl is warp, which needs an NVIDIA GPU, and JAX runs on {device.device_kind} here; allowed is jax"
-        )
+        raise BadInput(f"{what}, which needs an NVIDIA GPU, and JAX runs on {device.device_kind} here; {allowed}")
     return impl or ("warp" if has_warp and is_nvidia else "jax")
 
 
@@ -382,12 +417,8 @@ def make_env(args: Args):
     return env
 
 
-def make_envs(args: Args):
-    """`num_envs` environments as one, which reset themselves within the step that ends an episode.
-
-    `state.obs` is then the next episode's first observation, and `state.info[LAST_STEP]` tells of the step itself.
-    """
-    env, config = make_env(args), env_config(args)
+def make_batch(env, args: Args):
+    """`num_envs` environments as one, without resets, each with a physics model of its own where that is asked for."""
     if args.domain_randomization:
         randomizer = registry.get_domain_randomizer(env_name(args))
         if randomizer is None:
@@ -396,7 +427,16 @@ def make_envs(args: Args):
         env = wrapper.BraxDomainRandomizationVmapWrapper(env, functools.partial(randomizer, rng=keys))
     else:
         env = VmapWrapper(env)
-    env = EpisodeWrapper(BrokenSimulationWrapper(env), config.episode_length, config.get("action_repeat", 1))
+    return BrokenSimulationWrapper(env)
+
+
+def make_envs(args: Args):
+    """`num_envs` environments as one, which reset themselves within the step that ends an episode.
+
+    `state.obs` is then the next episode's first observation, and `state.info[LAST_STEP]` tells of the step itself.
+    """
+    env, config = make_env(args), env_config(args)
+    env = EpisodeWrapper(make_batch(env, args), config.episode_length, config.get("action_repeat", 1))
     return wrapper.BraxAutoResetWrapper(LastStepWrapper(env), full_reset=args.full_reset)
 
 
@@ -660,7 +700,7 @@ class TrainState:
     obs_stats: dict[str, RunningMeanStd]  # one for each part of the observation
     reward_stats: RunningMeanStd  # of the discounted return
     discounted_return: jax.Array  # (N,)
-    env_state: Any  # all leaves (N, ...)
+    env_state: Any  # leaves (N, ...), but for contacts of Warp, which all environments share
     key: jax.Array
 
 
@@ -694,7 +734,10 @@ def init_state(learner: Learner, seed: int) -> TrainState:
     env_state = learner.envs.reset(jax.random.split(env_key, args.num_envs))
     if args.random_initial_steps:
         limit = episode_length(learner.envs)
-        env_state.info["steps"] = jax.random.randint(steps_key, (args.num_envs,), 0, limit).astype(jnp.float32)
+        steps = jax.random.randint(steps_key, (args.num_envs,), 0, limit)
+        for name in ("steps", "_steps"):  # the second where a task counts too, and starts anew when it is at the limit
+            if name in env_state.info:
+                env_state.info[name] = steps.astype(env_state.info[name].dtype)
     obs = as_dict(env_state.obs)
     action = jnp.zeros((args.num_envs, learner.envs.action_size))
     params = {
@@ -758,6 +801,7 @@ def collect_rollout(learner: Learner, state: TrainState) -> tuple[TrainState, Ro
             "terminated": done * (1 - last["truncation"]),
             "done": done,
             "is_whole_episode": done * last["is_whole"],
+            "is_broken": last["is_broken"],
             "episode_metrics": last["episode_metrics"],
         }
         # The discounted return starts anew after an episode's last reward, be the end a termination or a time limit.
@@ -789,6 +833,7 @@ def collect_rollout(learner: Learner, state: TrainState) -> tuple[TrainState, Ro
         "charts/episodic_length": means.pop("length"),
         "charts/episodes": whole.sum(),
         "charts/reward": steps["reward"].mean(),
+        "charts/broken_environments": steps["is_broken"].sum(),
         **{f"episode/{name}": mean for name, mean in means.items()},
     }
     state = state.replace(
@@ -915,10 +960,30 @@ def ppo_update(learner: Learner, state: TrainState, rollout: Rollout) -> tuple[T
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_manager(run_dir: Path) -> ocp.CheckpointManager:
-    """orbax's manager of a run's checkpoints: written to a temporary folder, renamed when whole, the last one kept."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+def saved_iterations(run_dir: str | Path) -> list[int]:
+    """Iterations of a run's whole checkpoints. Names of the temporary folders that they come from are no numbers."""
+    return sorted(int(path.name) for path in Path(run_dir, "checkpoint").glob("*") if path.name.isdigit())
+
+
+def checkpoint_manager(run_dir: Path, keep_interval: Optional[int] = None) -> ocp.CheckpointManager:
+    """orbax's manager of a run's checkpoints: written to a temporary folder, renamed when whole. Kept are the newest,
+    those of every `keep_interval` iterations, and all that a session before this one kept."""
+    policies = ocp.checkpoint_managers
+    kept = [policies.LatestN(1), policies.CustomSteps(saved_iterations(run_dir)[:-1])]
+    if keep_interval is not None:
+        kept.append(policies.EveryNSteps(keep_interval))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept), enable_async_checkpointing=False
+    )
     return ocp.CheckpointManager(Path(run_dir).absolute() / "checkpoint", options=options)
+
+
+def run_and_iteration(path: str | Path) -> tuple[Path, Optional[int]]:
+    """A run's folder, and which of its checkpoints `path` names: runs/RUN/checkpoint/500, or None for the newest."""
+    path = Path(path)
+    if path.parent.name == "checkpoint" and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    return path, None
 
 
 def save_checkpoint(manager: ocp.CheckpointManager, iteration: int, state: TrainState, meta: dict) -> None:
@@ -934,16 +999,18 @@ def as_leaves(tree: Any) -> dict[str, Any]:
     return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree)) if math.prod(leaf.shape)}
 
 
-def restore(run_dir: str | Path, item: str, template: Any, shardings: Any) -> Any:
-    """An item of a run's last checkpoint. Shapes are the template's; `shardings` need not be those of the saved run.
+def restore(path: str | Path, item: str, template: Any, shardings: Any) -> Any:
+    """An item of a run's newest checkpoint, or of the one that `path` names. Shapes are the template's; `shardings`
+    need not be those of the saved run.
 
     Raises:
         ValueError: where shapes differ.
     """
     wanted = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), template, shardings)
-    with checkpoint_manager(Path(run_dir)) as manager:
+    run_dir, iteration = run_and_iteration(path)
+    with checkpoint_manager(run_dir) as manager:
         items = {item: ocp.args.StandardRestore(as_leaves(wanted))}
-        saved = manager.restore(None, args=ocp.args.Composite(**items))[item]
+        saved = manager.restore(iteration, args=ocp.args.Composite(**items))[item]
     leaves, structure = jax.tree.flatten(wanted)
     for i, leaf in enumerate(leaves):
         empty = jax.jit(functools.partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=leaf.sharding)
@@ -952,16 +1019,17 @@ def restore(run_dir: str | Path, item: str, template: Any, shardings: Any) -> An
 
 
 def load_checkpoint(path: str | Path, policy_class: Optional[type] = None, flag: str = "--evaluate") -> dict:
-    """Read what describes the last checkpoint of a run: its arguments, iteration and steps.
+    """Read what describes a run's newest checkpoint, or the one that `path` names: its arguments, iteration and steps.
 
     Raises:
         BadInput: naming `flag`, if there is none, it cannot be read, or it holds another class than `policy_class`.
     """
-    if not (Path(path) / "checkpoint").is_dir():
+    run_dir, iteration = run_and_iteration(path)
+    if not (run_dir / "checkpoint" / str(iteration or "")).is_dir():
         raise BadInput(f"{flag} is {path}, which holds no checkpoint; allowed is a run folder")
     try:
-        with checkpoint_manager(Path(path)) as manager:
-            meta = manager.restore(None, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        with checkpoint_manager(run_dir) as manager:
+            meta = manager.restore(iteration, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         found = meta["policy_class"]
     except Exception as error:
         # orbax raises many kinds of errors for a folder that was cut short or is not its own.
@@ -1002,10 +1070,14 @@ class DeployedPolicy(NamedTuple):
         action, _ = self.policy.apply({"params": self.params}, inputs, key, temperature, method="sample")
         return action.clip(-1, 1)
 
+    def unclipped(self, obs: jax.Array) -> jax.Array:
+        """The deterministic policy's actions as the flow gives them, of any size."""
+        inputs = normalize_obs(self.obs_stats, obs)
+        return self.policy.apply({"params": self.params}, inputs, method="mode")
+
     def __call__(self, obs: jax.Array) -> jax.Array:
         """The deterministic policy."""
-        inputs = normalize_obs(self.obs_stats, obs)
-        return self.policy.apply({"params": self.params}, inputs, method="mode").clip(-1, 1)
+        return self.unclipped(obs).clip(-1, 1)
 
 
 def evaluate(
@@ -1018,63 +1090,87 @@ def evaluate(
     export_onnx: Optional[str] = None,
     export_npz: Optional[str] = None,
     impl: Optional[str] = None,
+    domain_randomization: bool = False,
+    config_overrides: Optional[str] = None,
 ) -> list[float]:
-    """Play a trained policy with its observation statistics frozen, and return the undiscounted episode returns.
-
-    The environment is the plain one, without domain randomization; all episodes are played at once.
+    """Play a trained policy with its observation statistics frozen, print how it went, and return the undiscounted
+    episode returns. All episodes are played at once, each in an environment of its own.
 
     Args:
-        checkpoint: run folder.
+        checkpoint: run folder, or one of its checkpoints, as runs/RUN/checkpoint/500.
         policy_class: class that the checkpoint was trained with.
         temperature: factor on the standard deviation of the base noise; 0 is the deterministic policy.
         seed: of the environments and the noise; the same seed gives the same returns.
         capture_video: film every episode into the run's folder `videos`.
         export_onnx, export_npz: files to write the deterministic policy to.
         impl: implementation of the physics, by default the fastest that works here, be it another than in training.
+        domain_randomization: give every episode a physics model of its own, be it so in training or not.
+        config_overrides: changes to the environment's configuration, as JSON, by default those of training.
 
     Raises:
         BadInput: for a checkpoint that is missing, incomplete or of another policy.
+        WrongExport: where an exported file does not act as the policy does; by then the returns are printed.
     """
     meta = load_checkpoint(checkpoint, policy_class)
     args = from_json(meta["args"])
-    env = make_env(dataclasses.replace(args, impl=impl))
-    config = env_config(args)
+    args = dataclasses.replace(
+        args,
+        impl=impl,
+        seed=seed,
+        num_envs=eval_episodes,
+        domain_randomization=domain_randomization,
+        config_overrides=args.config_overrides if config_overrides is None else config_overrides,
+    )
+    env, config = make_env(args), env_config(args)
+    envs = make_batch(env, args)
     num_steps, repeat = config.episode_length, config.get("action_repeat", 1)
     deployed = restore_policy(checkpoint, policy_class, args, env)
+    act = jax.vmap(lambda obs, key: deployed.act(obs[None], key, temperature)[0])
 
-    def play(key: jax.Array):
-        """One episode: observations and rewards, 0 after its end, and what a film needs of each state."""
+    @jax.jit
+    def play(reset_keys: jax.Array, keys: jax.Array):
+        """What broke, and of each step: observation, reward, whether the episode was going on, and frame for a film."""
 
-        def step(carry, key):
-            state, alive = carry
-            action = deployed.act(as_dict(state.obs)["state"][None], key, temperature)[0]
+        def step(carry, keys):
+            state, alive, broken = carry
+            obs, was_alive, reward = as_dict(state.obs)["state"], alive, 0.0
             frame = {name: getattr(state.data, name) for name in FRAME} if capture_video else {}
-            reward = 0.0
+            action = act(obs, keys)
             for _ in range(repeat):
-                state = env.step(state, action)
+                state = envs.step(state, action)
                 reward = reward + jnp.where(alive, state.reward, 0.0)
+                broken = broken | (alive & state.info["is_broken"])
                 alive = alive & (state.done == 0)
-            return (state, alive), (as_dict(state.obs)["state"], reward, alive, frame)
+            return (state, alive, broken), (obs, reward, was_alive, frame)
 
-        reset_key, key = jax.random.split(key)
-        carry = (env.reset(reset_key), jnp.asarray(True))
-        return jax.lax.scan(step, carry, jax.random.split(key, -(-num_steps // repeat)))[1]
+        alive = jnp.ones(eval_episodes, bool)
+        (_, _, broken), steps = jax.lax.scan(step, (envs.reset(reset_keys), alive, ~alive), keys)
+        return broken, steps
 
-    keys = jax.random.split(jax.random.PRNGKey(seed), eval_episodes)
-    obs, rewards, alive, frames = jax.jit(jax.vmap(play))(keys)  # (episodes, steps, ...)
+    keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.PRNGKey(seed), eval_episodes))
+    step_keys = jax.vmap(lambda key: jax.random.split(key, -(-num_steps // repeat)), out_axes=1)(keys[:, 1])
+    broken, (obs, rewards, alive, frames) = play(keys[:, 0], step_keys)  # steps: (T, episodes, ...)
+    returns, alive = np.asarray(rewards.sum(0)), np.asarray(alive)
+    print(
+        f"{eval_episodes} episodes of {args.env_id} at temperature {temperature:g}: "
+        f"return {returns.mean():.1f} ± {returns.std():.1f}",
+        flush=True,
+    )
+    if broken.any():
+        print(f"{broken.sum()} of them ended early, since their simulation left the finite numbers.", flush=True)
     if capture_video and can_render(args.env_id, env):
         prefix = f"eval-step{meta['global_step']}-temperature{temperature:g}"
-        film(env, frames, np.asarray(alive), Path(checkpoint) / "videos", prefix)
-    seen = np.asarray(obs)[np.asarray(alive)][:256] if np.asarray(alive).any() else np.asarray(obs)[:, 0]
+        film(env, frames, alive, env.dt * repeat, run_and_iteration(checkpoint)[0] / "videos", prefix)
+    seen = np.asarray(obs)[alive][:256]  # finite: a broken simulation's end the episode
     if export_onnx:
-        to_onnx(deployed, export_onnx, seen)
+        to_onnx(deployed, export_onnx, seen, about_robot(args, env))
     if export_npz:
-        to_npz(deployed, export_npz, seen)
-    return np.asarray(rewards.sum(1)).tolist()
+        to_npz(deployed, export_npz, seen, about_robot(args, env))
+    return returns.tolist()
 
 
-def restore_policy(run_dir: str | Path, policy_class: type, args: Args, env) -> DeployedPolicy:
-    """The policy of a run's last checkpoint. `env` tells the sizes."""
+def restore_policy(path: str | Path, policy_class: type, args: Args, env) -> DeployedPolicy:
+    """The policy of a run's newest checkpoint, or of the one that `path` names. `env` tells the sizes."""
     obs_dim = as_dict(jax.eval_shape(env.reset, jax.random.PRNGKey(0)).obs)["state"].shape[-1]
     policy = make_policy(policy_class, obs_dim, env.action_size, args)
 
@@ -1084,9 +1180,9 @@ def restore_policy(run_dir: str | Path, policy_class: type, args: Args, env) -> 
 
     template, here = jax.eval_shape(initialize), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
-        params, obs_stats = restore(run_dir, "policy", template, jax.tree.map(lambda _: here, template))
+        params, obs_stats = restore(path, "policy", template, jax.tree.map(lambda _: here, template))
     except ValueError as error:
-        raise BadInput(f"--evaluate is {run_dir}, whose {policy_class.__name__} does not fit {args.env_id}") from error
+        raise BadInput(f"--evaluate is {path}, whose {policy_class.__name__} does not fit {args.env_id}") from error
     return DeployedPolicy(policy, params, obs_stats)
 
 
@@ -1111,33 +1207,54 @@ def can_render(env_id: str, env) -> bool:
         return False
 
 
-def film(env, frames: dict[str, jax.Array], alive: np.ndarray, folder: Path, prefix: str) -> None:
-    """Write each episode, frames (episodes, steps, ...), as a film that plays in real time."""
+def film(env, frames: dict[str, jax.Array], alive: np.ndarray, dt: float, folder: Path, prefix: str) -> None:
+    """Write each episode, frames (T, episodes, ...) of `dt` seconds each, as a film that plays in real time."""
     from moviepy import ImageSequenceClip
 
     folder.mkdir(exist_ok=True)
     frames = jax.tree.map(np.asarray, frames)
-    every = max(1, round(1 / (30 * env.dt)))  # about 30 images a second
+    every = max(1, round(1 / (30 * dt)))  # about 30 images a second
     camera = 0 if env.mj_model.ncam else None
-    for episode, length in enumerate(np.maximum(alive.sum(1), 1)):
+    for episode, length in enumerate(alive.sum(0)):
         states = [
-            SimpleNamespace(data=SimpleNamespace(**{name: x[episode, t] for name, x in frames.items()}))
+            SimpleNamespace(data=SimpleNamespace(**{name: x[t, episode] for name, x in frames.items()}))
             for t in range(0, length, every)
         ]
         # Playground draws a progress bar, which is for terminals.
         with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
             images = env.render(states, camera=camera)
         path = folder / f"{prefix}-episode-{episode}.mp4"
-        ImageSequenceClip(images, fps=1 / (env.dt * every)).write_videofile(str(path), logger=None)
-    print(f"Films of {len(alive)} episodes are in {folder}")
+        ImageSequenceClip(images, fps=1 / (dt * every)).write_videofile(str(path), logger=None)
+    print(f"Films of {alive.shape[1]} episodes are in {folder}")
 
 
-def to_onnx(deployed: DeployedPolicy, path: str, obs: np.ndarray) -> float:
+class WrongExport(RuntimeError):
+    """An exported file computes something else than the policy; `main` prints it as one line, exit status 1."""
+
+
+def about_robot(args: Args, env) -> dict[str, Any]:
+    """What a robot's program has to know beside the policy: the task, the seconds between two actions and, where the
+    task has them, the factor on its actions and the pose of the joints that they are added to."""
+    config = env_config(args)
+    about = {"env_id": args.env_id, "ctrl_dt": env.dt * config.get("action_repeat", 1)}
+    if "action_scale" in config:
+        about["action_scale"] = config.action_scale
+    if hasattr(env, "_default_pose"):  # the name in Playground's tasks of legged robots and hands
+        about["default_pose"] = env._default_pose
+    return about
+
+
+def to_onnx(deployed: DeployedPolicy, path: str, obs: np.ndarray, about: Mapping[str, Any]) -> float:
     """Write `deployed` as ONNX, float32 (batch, obs_dim) to float32 (batch, action_dim), and compare both on `obs`.
 
-    Returns the largest difference. Raises `RuntimeError` if it is above 1e-5: such a file must not reach a robot.
+    The names of input and output are those that Playground's own controllers for robots ask for. `about` becomes the
+    file's metadata: text as it is, numbers as JSON.
+
+    Returns the largest difference, of actions above 1 as a share of them. Raises `WrongExport` if it is above 1e-5:
+    such a file must not reach a robot.
     """
     import jax2onnx
+    import onnx
     import onnxruntime
 
     temporary = path + ".tmp"
@@ -1145,28 +1262,32 @@ def to_onnx(deployed: DeployedPolicy, path: str, obs: np.ndarray) -> float:
         lambda obs: deployed(obs),
         inputs=[("batch", obs.shape[1])],
         input_names=["obs"],
-        output_names=["action"],
+        output_names=["continuous_actions"],
         return_mode="file",
         output_path=temporary,
     )
+    model = onnx.load(temporary)
+    as_text = {name: x if isinstance(x, str) else json.dumps(np.asarray(x).tolist()) for name, x in about.items()}
+    onnx.helper.set_model_props(model, as_text)
+    onnx.save(model, temporary)
     session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
     return keep_if_same(temporary, path, session.run(None, {"obs": obs})[0], deployed, obs)
 
 
-def to_npz(deployed: DeployedPolicy, path: str, obs: np.ndarray) -> float:
-    """Write weights and statistics as plain arrays for `numpy_policy`, and compare it with `deployed` on `obs`.
+def to_npz(deployed: DeployedPolicy, path: str, obs: np.ndarray, about: Mapping[str, Any]) -> float:
+    """Write weights, statistics and `about` as plain arrays for `numpy_policy`, and compare both policies on `obs`.
 
-    Returns the largest difference. Raises `RuntimeError` if it is above 1e-5.
+    Returns the largest difference, of actions above 1 as a share of them. Raises `WrongExport` if it is above 1e-5.
     """
     policy, params = deployed.policy, deployed.params
-    arrays = {"mean": deployed.obs_stats.mean, "std": deployed.obs_stats.std}
+    arrays = {**about, "mean": deployed.obs_stats.mean, "std": deployed.obs_stats.std}
     arrays |= {"scale_fn": policy.scale_fn, "scale_bound": policy.scale_bound, "num_layers": policy.num_layers}
     arrays |= {"action_dim": policy.action_dim}
     for j in range(policy.num_layers):
         layer = params[f"layers_{j}"]
         matrices = [(layer["kernel"], layer["bias"])]
-        matrices += [(x["kernel"], x["bias"]) for name, x in sorted(layer.items()) if name.startswith("hidden_")]
-        matrices += [(layer["out"]["kernel"], layer["out"]["bias"])]
+        names = [*(f"hidden_{i}" for i in range(policy.hidden_layers - 1)), "out"]
+        matrices += [(layer[name]["kernel"], layer[name]["bias"]) for name in names]
         for i, (kernel, bias) in enumerate(matrices):
             arrays |= {f"layer{j}/kernel{i}": kernel, f"layer{j}/bias{i}": bias}
     temporary = path + ".tmp"
@@ -1180,10 +1301,13 @@ def to_npz(deployed: DeployedPolicy, path: str, obs: np.ndarray) -> float:
 def keep_if_same(temporary: str, path: str, found: np.ndarray, deployed: DeployedPolicy, obs: np.ndarray) -> float:
     """Give an exported file its name if it acts, with the actions `found`, as the policy does."""
     with jax.default_matmul_precision("highest"):  # a GPU's default rounds float32 to ten bits
-        difference = np.abs(found - np.asarray(deployed(jnp.asarray(obs)))).max()
+        unclipped = np.asarray(deployed.unclipped(jnp.asarray(obs)))
+    # Of an action above 1 a share: float32 has seven digits, and each dimension of a flow acts on the others.
+    sizes = np.abs(unclipped).max(-1, keepdims=True).clip(1)
+    difference = (np.abs(found - unclipped.clip(-1, 1)) / sizes).max()
     if not difference <= 1e-5:
         os.remove(temporary)
-        raise RuntimeError(f"{path} differs from the JAX policy by {difference:.1e}, allowed is 1e-5")
+        raise WrongExport(f"{path} differs from the JAX policy by {difference:.1e}, allowed is 1e-5")
     os.replace(temporary, path)
     print(f"Wrote {path}; on {len(obs)} observations it differs from the JAX policy by {difference:.1e} at most.")
     return float(difference)
@@ -1294,11 +1418,16 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     is_main = jax.process_index() == 0
     checkpoint = None
-    # A run killed before its first checkpoint may have an empty folder for it.
-    if args.resume is not None and list(Path(args.resume).glob("checkpoint/[0-9]*")):
+    # A run killed before it had written its first checkpoint has none to load, and maybe a folder for it.
+    if args.resume is not None and saved_iterations(args.resume):
         checkpoint = load_checkpoint(args.resume, policy_class, "--resume")
+        if args.total_timesteps < checkpoint["global_step"]:
+            raise BadInput(
+                f"--total-timesteps is {args.total_timesteps}, but {args.resume} has done {checkpoint['global_step']}, "
+                "allowed is at least that"
+            )
     check_devices(args)
-    args = dataclasses.replace(args, impl=choose_impl(args.impl))
+    args = dataclasses.replace(args, impl=choose_impl(args.impl, args.resume))
     envs = make_envs(args)
     stop = StopSignal()
     run_dir = None
@@ -1321,9 +1450,11 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
 def open_run(args: Args, policy_class: type, checkpoint: Optional[dict]) -> Path:
     """The run's folder, made anew or resumed, the same for all processes."""
     if args.resume is not None:
+        run_dir = Path(args.resume)
         if jax.process_index() == 0:
-            cut_event_files(Path(args.resume), checkpoint["event_files"] if checkpoint else {})
-        return Path(args.resume)
+            extend_run(run_dir, args.total_timesteps)
+            cut_event_files(run_dir, checkpoint["event_files"] if checkpoint else {})
+        return run_dir
     run_dir, error = None, None
     if jax.process_index() == 0:
         try:
@@ -1336,6 +1467,15 @@ def open_run(args: Args, policy_class: type, checkpoint: Optional[dict]) -> Path
     if not unix_time:
         raise error or BadInput("the first process could not make the run's folder")
     return Path(args.runs_dir, run_name(args, unix_time))
+
+
+def extend_run(run_dir: Path, total_timesteps: int) -> None:
+    """Write into a run's arguments how long it is to go on, atomically, so that the next --resume goes on to it too."""
+    contents = json.loads((run_dir / "args.json").read_text())
+    if contents["total_timesteps"] != total_timesteps:
+        temporary = run_dir / "args.json.tmp"
+        temporary.write_text(json.dumps({**contents, "total_timesteps": total_timesteps}, indent=2) + "\n")
+        temporary.replace(run_dir / "args.json")
 
 
 def run_name(args: Args, unix_time: int) -> str:
@@ -1427,6 +1567,8 @@ def train_loop(args: Args, policy_class, envs, run_dir: Path, checkpoint: Option
     start_time = time.time()
     if is_main:
         print(f"Compiling for {mesh.size} x {jax.devices()[0].device_kind}, physics {args.impl}.", flush=True)
+        if mesh.size > 1 and args.impl == "warp":
+            print("With Warp each device simulates all environments; --impl jax spreads them.", flush=True)
     template, shardings = describe_state(learner, mesh)
     iterate = compile_iteration(learner, mesh)
     if checkpoint:
@@ -1441,7 +1583,7 @@ def train_loop(args: Args, policy_class, envs, run_dir: Path, checkpoint: Option
     recent = RecentReturn(checkpoint["recent_returns"] if checkpoint else [])
     progress = Progress(args.num_iterations * args.batch_size, global_step, enabled=is_main)
     saved_iteration, metrics, sps, stop_signal = iteration, {}, 0, 0
-    manager = checkpoint_manager(run_dir)
+    manager = checkpoint_manager(run_dir, args.keep_interval)
     try:
         while iteration < args.num_iterations and not stop_signal:
             if args.anneal_lr:
@@ -1467,7 +1609,9 @@ def train_loop(args: Args, policy_class, envs, run_dir: Path, checkpoint: Option
             stop_signal = stop.number
             if jax.process_count() > 1:
                 stop_signal = int(multihost_utils.process_allgather(np.int32(stop_signal)).max())
-            if (iteration - 1) % args.checkpoint_interval == 0 or iteration == args.num_iterations or stop_signal:
+            is_due = (iteration - 1) % args.checkpoint_interval == 0 or iteration == args.num_iterations
+            is_kept = args.keep_interval is not None and iteration % args.keep_interval == 0
+            if is_due or is_kept or stop_signal:
                 if is_main:
                     writer.close()
                 meta = {
@@ -1528,6 +1672,7 @@ def open_wandb(args: Args, run_dir: Path) -> None:
             resume="allow",
             sync_tensorboard=True,
             config=dataclasses.asdict(args),
+            allow_val_change=True,  # a continued run may be longer
             dir=str(run_dir),
         )
     except wandb.Error as error:
@@ -1589,8 +1734,9 @@ def parse_args(
             raise BadInput(f"--resume is {path}, which holds no run (no readable args.json)") from error
         if found != policy_class.__name__:
             raise BadInput(f"--resume is {path}, a run of {found}; this script trains {policy_class.__name__}")
-    else:  # whether training was filmed, and on which physics, says nothing
-        saved = {**load_checkpoint(path, policy_class)["args"], "capture_video": False, "impl": None}
+    else:  # whether training was filmed, on which physics, and whether on randomized models, says nothing
+        trained = load_checkpoint(path, policy_class)["args"]
+        saved = {**trained, "capture_video": False, "impl": None, "domain_randomization": False}
     try:
         saved = from_json(saved)
         with warnings.catch_warnings():
@@ -1599,6 +1745,11 @@ def parse_args(
     except (TypeError, UserWarning) as error:
         reason = str(error).split(". ")[0]
         raise BadInput(f"{flag} is {path}, a run with other arguments than this script's: {reason}") from error
+    if resumes and saved.anneal_lr and args.total_timesteps != saved.total_timesteps:
+        raise BadInput(
+            f"--total-timesteps is {args.total_timesteps}, but the learning rate of {path} is annealed over "
+            f"{saved.total_timesteps}; leave the flag out"
+        )
     free = RESUME_FLAGS if resumes else EVALUATE_FLAGS
     for name, value in dataclasses.asdict(args).items():
         if name not in free and value != getattr(saved, name):
@@ -1614,21 +1765,8 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
         args = parse_args(defaults=defaults, policy_class=policy_class)
         if args.evaluate is not None:
             check_args(args, policy_class)
-            returns = evaluate(
-                args.evaluate,
-                policy_class,
-                args.eval_episodes,
-                args.temperature,
-                args.seed,
-                args.capture_video,
-                args.export_onnx,
-                args.export_npz,
-                args.impl,
-            )
-            print(
-                f"{len(returns)} episodes of {args.env_id} at temperature {args.temperature:g}: "
-                f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}"
-            )
+            flags = {name: getattr(args, name) for name in (*PLAY_FLAGS, "capture_video", "export_onnx", "export_npz")}
+            evaluate(args.evaluate, policy_class, **flags)
         else:
             stop_signal = train(args, policy_class)["stop_signal"]
             if stop_signal:
@@ -1639,6 +1777,9 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(3)
+    except WrongExport as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

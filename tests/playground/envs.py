@@ -15,14 +15,14 @@ class TestEnv(mjx_env.MjxEnv):
     """An environment whose whole physics is an array."""
 
     __test__ = False  # not a test class
-    xml_path, mj_model, mjx_model = "", SimpleNamespace(ncam=0), None
+    xml_path, mj_model, mjx_model, _mjx_model = "", SimpleNamespace(ncam=0), None, None
     action_size = 1
 
     def __init__(self, config, config_overrides=None):
         super().__init__(config, config_overrides)
 
     def state(self, data, reward=0.0, done=0.0, info=None, **metrics):
-        metrics = {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
+        metrics = {name: jnp.asarray(x, None if isinstance(x, int) else jnp.float32) for name, x in metrics.items()}
         obs = self.observe(data, info)
         return mjx_env.State(data, obs, jnp.asarray(reward, jnp.float32), jnp.asarray(done, jnp.float32), metrics, info)
 
@@ -33,16 +33,18 @@ class Lane(TestEnv):
     The reward is 4 + 2 * speed - 3 * distance to the lane, and only the time limit ends an episode.
     Progress is observed and time is not: whoever takes the time limit for a death learns that progress kills.
     Observations are 5 + position / 10: without their statistics a policy is blind.
+    A randomized model is a factor on the speed.
     """
 
     action_size = 3
+    _default_pose = jnp.array([0.1, 0.2, 0.3])
 
     def reset(self, rng):
         position = jnp.concatenate((jnp.zeros(1), jax.random.uniform(rng, (2,), minval=-1, maxval=1)))
         return self.state(position, info={}, speed=0.0)
 
     def step(self, state, action):
-        speed = (1 + action[0]) / 2
+        speed = (1 + action[0]) / 2 * (1 if self._mjx_model is None else self._mjx_model)
         position = state.data + jnp.array([speed, action[1], action[2]])
         reward = 4 + 2 * speed - 3 * jnp.linalg.norm(position[1:])
         return self.state(position, reward, info=state.info, speed=speed)
@@ -85,12 +87,34 @@ class Forever(TestEnv):
 
 
 class Breaks(Lane):
-    """A lane whose simulation leaves the finite numbers a few steps after each start, and does not say so."""
+    """A lane whose simulation leaves the finite numbers a few steps after each start, and does not say so; on one half
+    of the lane the reward does not even show it.
+
+    As the tasks of robots do, it keeps a running average that a NaN never leaves, a history that it observes, and a
+    count of steps of its own, all in `info`; and one of its metrics is an integer.
+    """
+
+    def reset(self, rng):
+        state = super().reset(rng)
+        info = {"average": jnp.asarray(1.0), "history": jnp.ones(2), "_steps": jnp.asarray(0)}
+        return self.state(state.data, info=info, speed=0.0, steps=0)
 
     def step(self, state, action):
+        info = state.info
         state = super().step(state, action)
         broken = jnp.where(state.data[0] > 3, jnp.nan, 1.0)
-        return self.state(state.data * broken, state.reward * broken, info=state.info, speed=broken)
+        reward = jnp.where(state.data[1] > 0, broken, 1.0) * info["average"] * state.reward
+        steps = info["_steps"] + 1
+        info = {
+            **info,
+            "average": 1.0 * broken + 0.0 * info["average"],
+            "history": jnp.stack((broken, info["history"][0])),
+            "_steps": jnp.where(steps >= self._config.episode_length, 0, steps),
+        }
+        return self.state(state.data * broken, reward, info=info, speed=broken, steps=1)
+
+    def observe(self, position, info):
+        return jnp.concatenate((super().observe(position, info), info.get("history", jnp.ones(2))))
 
 
 class Images(Lane):
@@ -101,7 +125,9 @@ class Images(Lane):
 
 
 def config(episode_length):
-    return lambda: config_dict.create(ctrl_dt=0.02, sim_dt=0.02, episode_length=episode_length, impl="jax")
+    return lambda: config_dict.create(
+        ctrl_dt=0.02, sim_dt=0.02, episode_length=episode_length, action_repeat=1, action_scale=0.5, impl="jax"
+    )
 
 
 for environment, episode_length in ((Lane, 20), (Diary, 12), (Forever, 10), (Breaks, 20), (Images, 10)):

@@ -48,6 +48,8 @@ def assert_one_line(ended, *words) -> None:
         ("--desired-kl 0.01 --anneal-lr", ["--desired-kl", "--anneal-lr"]),
         ("--config-overrides [1]", ["--config-overrides", "[1]", "JSON object"]),
         ("--config-overrides {", ["--config-overrides", "{", "JSON object"]),
+        ('--config-overrides {"impl":"jax"} --total-timesteps 32', ["--config-overrides", "impl", "--impl sets"]),
+        ("--keep-interval 0", ["--keep-interval", "0", "at least 1"]),
         ('--config-overrides {"no_such_key":1}', ["--env-id", "no_such_key"]),
         ("--domain-randomization", ["--domain-randomization", "Lane"]),
         ("--export-onnx a.onnx", ["--export-onnx", "--evaluate"]),
@@ -103,8 +105,27 @@ def test_runs_of_others(cli, lane_run, tmp_path):
     assert_one_line(cli("--resume", damaged), "--resume", "num-steps", "many")
 
 
+def test_a_warp_run_without_its_gpu(cli, lane_run, tmp_path):
+    """Resume says what works here instead of an --impl that it would refuse."""
+    moved = shutil.copytree(lane_run, tmp_path / "moved")
+    contents = json.loads((moved / "args.json").read_text())
+    (moved / "args.json").write_text(json.dumps({**contents, "impl": "warp"}))
+    ended = cli("--resume", moved)
+    assert_one_line(ended, "--resume", moved, "--impl warp", "NVIDIA GPU", "--evaluate works")
+    assert "allowed" not in ended[2]
+
+
+def test_a_run_is_not_made_shorter_than_it_is(cli, lane_run, tmp_path):
+    """--resume names the steps done, and a learning rate that was annealed over another number of steps."""
+    assert_one_line(cli("--resume", lane_run, "--total-timesteps", 63), "--total-timesteps", "63", "64")
+    flags = [*SMALL, *LANE, "--total-timesteps", 32]
+    assert cli(*flags, "--anneal-lr")[0] == 0
+    (run_dir,) = Path(tmp_path, "runs").iterdir()
+    assert_one_line(cli("--resume", run_dir, "--total-timesteps", 64), "--total-timesteps", "64", "32", "annealed")
+
+
 def test_a_simulation_that_breaks_ends_its_episode(cli, tmp_path):
-    """One broken environment ends neither the run nor what is known of the others."""
+    """One broken environment ends neither the run nor what is known of the others, and nothing of it is left."""
     status, _, err = cli(*SMALL, "--env-id", "tests.playground.envs:Breaks", "--total-timesteps", 640)
     assert status == 0, err
     (run_dir,) = Path(tmp_path, "runs").iterdir()
@@ -112,7 +133,17 @@ def test_a_simulation_that_breaks_ends_its_episode(cli, tmp_path):
     assert points["charts/episodic_return"] and points["charts/episodic_length"]
     for name, values in points.items():
         assert np.isfinite([value for _, value in values]).all(), name
-    assert max(length for _, length in points["charts/episodic_length"]) < 20
+    lengths = [length for _, length in points["charts/episodic_length"]]
+    assert max(lengths) < 20
+    assert min(lengths) >= 4, "it takes 4 steps to break; an episode broke that started with what was left of another"
+    assert sum(count for _, count in points["charts/broken_environments"]) >= len(lengths)
+    args = nfpo.from_json(nfpo.load_checkpoint(run_dir)["args"])
+    stats = nfpo.restore_policy(run_dir, nfpo.FlowPolicy, args, nfpo.make_env(args)).obs_stats
+    assert np.isfinite(stats.mean).all() and np.isfinite(stats.var).all()
+
+    status, out, err = cli("--evaluate", run_dir, "--export-onnx", "a.onnx", "--export-npz", "a.npz")
+    assert status == 0, err
+    assert "nan" not in out and "of them ended early" in out and Path("a.onnx").exists() and Path("a.npz").exists()
 
 
 def test_numbers_that_break_stop_the_run(cli, monkeypatch, tmp_path):

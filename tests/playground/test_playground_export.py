@@ -1,9 +1,12 @@
 """What is deployed is what was trained: evaluation, ONNX, NumPy, film and logs."""
 
+import contextlib
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +14,14 @@ import numpy as np
 import onnxruntime
 import pytest
 from moviepy import VideoFileClip
+from mujoco_playground import registry
 
 import nfpo_playground_jax as nfpo
 from benchmarks.baselines.ppo_playground_jax import GaussianPolicy
 from playground.conftest import SMALL, small_args
 from playground.test_playground_resume import finish, scalars, start
+
+ABOUT = {"env_id": "Lane", "ctrl_dt": 0.02}
 
 
 def deployed_policy(action_dim, **flags):
@@ -36,6 +42,7 @@ def deployed_policy(action_dim, **flags):
         (5, {"scale_fn": "asymmetric"}),
         (5, {"scale_fn": "none"}),
         (5, {"scale_fn": "zero"}),
+        (2, {"hidden_layers": 12}),
     ],
 )
 def test_exported_policies_are_the_policy(action_dim, flags, tmp_path):
@@ -46,13 +53,13 @@ def test_exported_policies_are_the_policy(action_dim, flags, tmp_path):
     key = jax.random.PRNGKey(0)
     np.testing.assert_allclose(deployed.act(jnp.asarray(obs), key, 0.0), expected, atol=1e-6)
     assert np.abs(expected).max() == 1 and len(np.unique(expected)) > 20, "clipped at the door, and not constant"
-    assert nfpo.to_onnx(deployed, str(tmp_path / "policy.onnx"), obs) <= 1e-5
+    assert nfpo.to_onnx(deployed, str(tmp_path / "policy.onnx"), obs, ABOUT) <= 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "policy.onnx")
     for count in (1, 7, 200):
-        found = session.run(["action"], {"obs": obs[:count]})[0]
+        found = session.run(["continuous_actions"], {"obs": obs[:count]})[0]
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected[:count], rtol=0, atol=1e-5)
-    assert nfpo.to_npz(deployed, str(tmp_path / "policy.npz"), obs) <= 1e-5
+    assert nfpo.to_npz(deployed, str(tmp_path / "policy.npz"), obs, ABOUT) <= 1e-5
     np.save(tmp_path / "obs.npy", obs)
     source = Path(nfpo.__file__).read_text()
     function = re.search(r"^def numpy_policy.*?(?=^# ---)", source, re.DOTALL | re.MULTILINE)[0]
@@ -65,13 +72,31 @@ def test_exported_policies_are_the_policy(action_dim, flags, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "found.npy"), expected, rtol=0, atol=1e-5)
 
 
-def test_an_export_that_differs_is_not_written(tmp_path, monkeypatch):
-    """A file that acts differently must not reach a robot."""
+def test_an_export_that_differs_is_not_written(cli, lane_run, tmp_path, monkeypatch):
+    """A file that acts differently must not reach a robot; it is one line, after the return that was computed."""
     deployed = deployed_policy(3)
     monkeypatch.setattr(nfpo, "numpy_policy", lambda weights, obs: np.zeros((len(obs), 3), np.float32))
-    with pytest.raises(RuntimeError, match="differs from the JAX policy"):
-        nfpo.to_npz(deployed, str(tmp_path / "policy.npz"), np.ones((8, 4), np.float32))
+    with pytest.raises(nfpo.WrongExport, match="differs from the JAX policy"):
+        nfpo.to_npz(deployed, str(tmp_path / "policy.npz"), np.ones((8, 4), np.float32), ABOUT)
+    status, out, err = cli("--evaluate", lane_run, "--export-npz", "policy.npz")
+    assert status == 1 and len(err.strip().splitlines()) == 1 and "policy.npz differs" in err
+    assert "at temperature 0: return" in out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "large, error, is_kept", [(1000, 1e-3, True), (1000, 0.1, False), (0.01, 5e-6, True), (0.01, 1e-4, False)]
+)
+def test_large_actions_are_compared_by_their_size(large, error, is_kept, tmp_path):
+    """float32 has seven digits: next to an action of 1000 the rounding of the others is no difference. Small actions
+    are compared as they are."""
+    obs, unclipped = jnp.zeros((1, 4)), jnp.array([[large, 0.005]])
+    deployed = SimpleNamespace(unclipped=lambda obs: unclipped)
+    (tmp_path / "new").write_text("")
+    found = unclipped.clip(-1, 1) + jnp.array([0.0, error])
+    with contextlib.nullcontext() if is_kept else pytest.raises(nfpo.WrongExport):
+        nfpo.keep_if_same(str(tmp_path / "new"), str(tmp_path / "kept"), found, deployed, obs)
+    assert (tmp_path / "kept").exists() == is_kept
 
 
 def test_command_line_exports(cli, lane_run, tmp_path):
@@ -79,6 +104,56 @@ def test_command_line_exports(cli, lane_run, tmp_path):
     status, out, _ = cli("--evaluate", lane_run, "--export-onnx", "a.onnx", "--export-npz", "a.npz")
     assert status == 0 and {"a.onnx", "a.npz"} <= {path.name for path in tmp_path.iterdir()}
     assert "10 episodes of tests.playground.envs:Lane at temperature 0: return" in out
+    # Both say what a robot's program needs to know of the task.
+    said = onnxruntime.InferenceSession("a.onnx").get_modelmeta().custom_metadata_map
+    assert said["env_id"] == "tests.playground.envs:Lane"
+    assert json.loads(said["ctrl_dt"]) == 0.02 and json.loads(said["action_scale"]) == 0.5
+    np.testing.assert_allclose(json.loads(said["default_pose"]), [0.1, 0.2, 0.3])
+    with np.load("a.npz") as arrays:
+        assert str(arrays["env_id"]) == said["env_id"]
+        assert (arrays["ctrl_dt"], arrays["action_scale"]) == (0.02, 0.5)
+        np.testing.assert_allclose(arrays["default_pose"], [0.1, 0.2, 0.3])
+
+
+def test_a_robot_is_told_what_there_is_to_tell():
+    """A task without poses has none, and an action that is repeated lasts longer."""
+    args = nfpo.Args(config_overrides='{"action_repeat": 3}', impl="jax")
+    assert nfpo.about_robot(args, nfpo.make_env(args)) == {"env_id": "CartpoleBalance", "ctrl_dt": pytest.approx(0.03)}
+
+
+def test_evaluation_in_another_setting(cli, lane_run, monkeypatch):
+    """A policy can be tried under other settings, and on randomized models, than it was trained with."""
+    returns = nfpo.evaluate(lane_run, eval_episodes=5)
+    shorter = nfpo.evaluate(lane_run, eval_episodes=5, config_overrides='{"episode_length": 10}')
+    assert all(half < whole for half, whole in zip(shorter, returns))
+    with pytest.raises(nfpo.BadInput, match="randomizer"):
+        nfpo.evaluate(lane_run, domain_randomization=True)
+    monkeypatch.setattr(
+        registry, "get_domain_randomizer", lambda _: lambda model, rng: (jax.vmap(jax.random.uniform)(rng), 0)
+    )
+    slower = nfpo.evaluate(lane_run, eval_episodes=5, domain_randomization=True)
+    assert all(b < a for a, b in zip(returns, slower))
+
+    def printed(*flags) -> str:
+        status, out, err = cli("--evaluate", lane_run, "--eval-episodes", 5, *flags)
+        assert status == 0, err
+        return re.search("return (.*)", out)[1]
+
+    assert printed().startswith(f"{np.mean(returns):.1f} ")
+    assert printed("--config-overrides", '{"episode_length": 10}').startswith(f"{np.mean(shorter):.1f} ")
+    assert printed("--domain-randomization").startswith(f"{np.mean(slower):.1f} ")
+
+
+def test_evaluation_is_plain_after_randomized_training(lane_run, tmp_path, cli, monkeypatch):
+    """Whether training was on randomized models says nothing about evaluation."""
+    monkeypatch.setattr(
+        registry, "get_domain_randomizer", lambda _: lambda model, rng: (jax.vmap(jax.random.uniform)(rng), 0)
+    )
+    args = small_args(runs_dir=str(tmp_path), total_timesteps=32, domain_randomization=True)
+    run_dir = nfpo.train(args)["run_dir"]
+    monkeypatch.setattr(registry, "get_domain_randomizer", lambda _: None)
+    status, _, err = cli("--evaluate", run_dir)
+    assert status == 0, err
 
 
 def test_evaluation_is_repeatable_and_plays_the_saved_policy(lane_run):
@@ -159,6 +234,18 @@ def test_film(tmp_path):
         assert clip.duration == pytest.approx(2, abs=0.1)  # 200 steps of 10 ms, in which an untrained pole falls
         first, last = clip.get_frame(0), clip.get_frame(clip.duration - 0.05)
     assert first.std() > 5 and np.abs(first.astype(float) - last).max() > 50
+
+
+def test_film_plays_in_real_time_where_actions_are_repeated(lane_run, tmp_path, monkeypatch):
+    """A frame lasts as long as its action, which some tasks repeat."""
+    dts = []
+    monkeypatch.setattr(nfpo, "can_render", lambda *_: True)
+    monkeypatch.setattr(nfpo, "FRAME", ())
+    monkeypatch.setattr(nfpo, "film", lambda env, frames, alive, dt, *_: dts.append((len(alive), dt)))
+    for repeat in (1, 4):
+        overrides = json.dumps({"action_repeat": repeat})
+        nfpo.evaluate(lane_run, eval_episodes=2, capture_video=True, config_overrides=overrides)
+    assert dts == [(20, 0.02), (5, 0.08)]
 
 
 def test_works_without_warp(tmp_path):

@@ -1,6 +1,8 @@
 """Promise: a run that is killed and resumed ends as one that never was, bit for bit; and it may be spread anew."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -110,6 +112,57 @@ def test_killed_before_the_first_checkpoint(tmp_path):
     (run_dir / "checkpoint").mkdir(exist_ok=True)  # as it is from the start of the first iteration on
     finish(start("--resume", run_dir, cwd=tmp_path))
     assert nfpo.load_checkpoint(run_dir)["iteration"] == 400
+
+
+def test_killed_while_writing_the_first_checkpoint(cli, lane_run, tmp_path):
+    """What orbax had not finished is no checkpoint, although its name starts with a number: the run starts again."""
+    run_dir = shutil.copytree(lane_run, tmp_path / "run")
+    for path in (run_dir / "checkpoint").iterdir():
+        path.rename(path.with_name(f"{path.name}.orbax-checkpoint-tmp"))
+    (run_dir / "checkpoint" / "2.orbax-checkpoint-tmp" / "_CHECKPOINT_METADATA").unlink()
+    status, _, err = cli("--resume", run_dir)
+    assert status == 0, err
+    for a, b in zip(saved(run_dir), saved(lane_run), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_extended_is_the_same_run(cli, lane_run, tmp_path):
+    """A run of 2 iterations that is resumed up to 4 ends as one of 4, bit for bit, and knows that it is one."""
+    run_dir = shutil.copytree(lane_run, tmp_path / "run")
+    status, _, err = cli("--resume", run_dir, "--total-timesteps", 128)
+    assert status == 0, err
+    expected = nfpo.train(small_args(runs_dir=str(tmp_path), total_timesteps=128))["run_dir"]
+    assert nfpo.load_checkpoint(run_dir)["iteration"] == 4
+    for a, b in zip(saved(run_dir), saved(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert nfpo.parse_args(["--resume", str(run_dir)]).total_timesteps == 128
+    ours, theirs = (json.loads(Path(path, "args.json").read_text()) for path in (run_dir, expected))
+    assert {**ours, "runs_dir": ""} == {**theirs, "runs_dir": ""}
+
+
+def test_kept_checkpoints(cli, tmp_path):
+    """--keep-interval saves and keeps checkpoints beside the newest, whatever interval is asked for later, and each can
+    be evaluated."""
+    args = small_args(runs_dir=str(tmp_path), total_timesteps=7 * 32, checkpoint_interval=100, keep_interval=3)
+    run_dir = nfpo.train(args)["run_dir"]
+    assert nfpo.saved_iterations(run_dir) == [3, 6, 7]
+    assert cli("--resume", run_dir, "--total-timesteps", 11 * 32, "--keep-interval", 5)[0] == 0
+    assert nfpo.saved_iterations(run_dir) == [3, 6, 10, 11]
+    kept = f"{run_dir}/checkpoint/3"
+    assert nfpo.load_checkpoint(kept)["global_step"] == 3 * 32
+    status, out, err = cli("--evaluate", kept)
+    assert status == 0 and "return" in out and not err, err
+    assert nfpo.evaluate(kept) != nfpo.evaluate(run_dir)
+    status, _, err = cli("--evaluate", f"{run_dir}/checkpoint/4")
+    assert status == 2 and "checkpoint/4, which holds no checkpoint" in err
+
+
+@pytest.mark.parametrize("impl, num_devices, warns", [("warp", 2, True), ("warp", 1, False), ("jax", 2, False)])
+def test_warp_is_not_spread(impl, num_devices, warns, tmp_path, monkeypatch, capsys):
+    """Whoever asks for several devices is told that MuJoCo Warp does not share the environments among them."""
+    monkeypatch.setattr(nfpo, "choose_impl", lambda *_: impl)
+    nfpo.train(small_args(runs_dir=str(tmp_path), total_timesteps=32, num_devices=num_devices))
+    assert ("each device simulates all environments" in capsys.readouterr().out) == warns
 
 
 PARALLEL = {"num_envs": 8, "num_steps": 16, "total_timesteps": 256, "checkpoint_interval": 1}

@@ -71,6 +71,18 @@ def test_episodes_are_counted_whole():
     assert metrics["charts/reward"] == pytest.approx(np.mean(1 + np.minimum(age, 99) + 1), rel=0.2)
 
 
+def test_a_task_that_counts_its_steps_counts_as_we_do():
+    """A task's own count starts where ours starts and starts anew where ours does, after a broken simulation too."""
+    learner, state = learner_and_state(env_id="tests.playground.envs:Breaks", num_envs=ENVS)
+    start = state.env_state.info
+    assert start["_steps"].dtype == jnp.int32 and len(np.unique(start["_steps"])) > 5
+    np.testing.assert_array_equal(start["_steps"], start["steps"])
+    state, rollout, metrics = jax.jit(functools.partial(nfpo.collect_rollout, learner))(state)
+    assert metrics["charts/broken_environments"] > 5 and (rollout.done - rollout.terminated).sum() > 0
+    after = state.env_state
+    np.testing.assert_array_equal(after.info["_steps"], np.where(after.done, 0, after.info["steps"]))
+
+
 def test_discounted_return_starts_anew():
     """What rewards are divided by comes from discounted returns within episodes, and rewards are clipped after it."""
     learner, before, state, rollout, _ = rollout_of_diary(gamma=0.9)
