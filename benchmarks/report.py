@@ -11,6 +11,7 @@ mean (IQM) over seeds, 95 % intervals by stratified bootstrap, performance profi
 
 import copy
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -194,7 +195,7 @@ def probability(found: Optional[Estimate]) -> str:
 
 
 class Results:
-    """The CSV files, with the look-ups that figures and tables need."""
+    """The CSV files, with the look-ups that figures and tables need. Not changed once read: `compare` remembers."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -476,6 +477,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([head, "|" + "-|" * len(header), *body])
 
 
+@functools.cache  # two pages show the same cells
 def cell(results: Results, env_id: str, variant: str, total: int, column: str) -> str:
     """IQM and interval of the runs that did not break, their number where it is below five, and how many broke."""
     scores, broken = results.scores(env_id, variant, total, column), results.broken(env_id, variant, total)
@@ -504,7 +506,7 @@ def table_s1(results: Results) -> str:
             cells = [ratio(results, env_id, variant, "PPO", STEPS_1M) for env_id in MUJOCO]
             both = tuple(env_id for env_id, x in zip(MUJOCO, cells) if x is not None)
             found = [compare(results, both, variant, "PPO", STEPS_1M, column) for column in (TRAINING, DEPLOYED)]
-            few = f", {len(both)} tasks" if len(both) < len(MUJOCO) else ""
+            few = f", {len(both)} task{'s' * (len(both) > 1)}" if len(both) < len(MUJOCO) else ""
             normalized = over_ppo(results, variant)
             overall = "tasks missing" if normalized is None else probability(iqm_of_tasks(normalized))
             ratios.append([variant, *map(times, cells), overall, *(probability(x) + few for x in found)])
@@ -573,6 +575,7 @@ def show_ratios(results: Results, env_ids: tuple[str, ...], ours: str, theirs: s
     return [f"{env_id} {times(x)} x" for env_id, x in ratios.items() if x is not None]
 
 
+@functools.cache  # thousands of draws, for a figure, a table and a verdict alike
 def compare(
     results: Results,
     env_ids: tuple[str, ...],
@@ -630,8 +633,9 @@ def judge_tasks(
     results: Results, env_ids: tuple[str, ...], ours: str, theirs: str, total: int, planned: int, claim: str
 ) -> tuple[str, str]:
     """`judge`, but tasks on which the two differ must not make up for each other where a claim is that they do not."""
-    text, verdict = judge(compare(results, env_ids, ours, theirs, total), planned, claim)
-    if claim == "above" or verdict.startswith(("open", "reproduced", "**not")):
+    together = compare(results, env_ids, ours, theirs, total)
+    text, verdict = judge(together, planned, claim)
+    if claim == "above" or together is None or side(together) != "both":
         return text, verdict
     words = {"above": "ahead", "below": "behind"} if claim == "equal" else {"above": "ahead"}
     singles = {e: compare(results, (e,), ours, theirs, total, comparisons=len(env_ids)) for e in env_ids}
