@@ -961,8 +961,8 @@ def ppo_update(learner: Learner, state: TrainState, rollout: Rollout) -> tuple[T
 
 
 def saved_iterations(run_dir: str | Path) -> list[int]:
-    """Iterations of a run's whole checkpoints. Names of the temporary folders that they come from are no numbers."""
-    return sorted(int(path.name) for path in Path(run_dir, "checkpoint").glob("*") if path.name.isdigit())
+    """Iterations of a run's whole checkpoints; what orbax had not finished writing is none."""
+    return sorted(ocp.utils.checkpoint_steps(Path(run_dir).absolute() / "checkpoint"))
 
 
 def checkpoint_manager(run_dir: Path, keep_interval: Optional[int] = None) -> ocp.CheckpointManager:
@@ -1452,7 +1452,8 @@ def open_run(args: Args, policy_class: type, checkpoint: Optional[dict]) -> Path
     if args.resume is not None:
         run_dir = Path(args.resume)
         if jax.process_index() == 0:
-            extend_run(run_dir, args.total_timesteps)
+            _, saved = read_args(args.resume)
+            write_args(run_dir, policy_class, {**saved, "total_timesteps": args.total_timesteps})
             cut_event_files(run_dir, checkpoint["event_files"] if checkpoint else {})
         return run_dir
     run_dir, error = None, None
@@ -1469,26 +1470,16 @@ def open_run(args: Args, policy_class: type, checkpoint: Optional[dict]) -> Path
     return Path(args.runs_dir, run_name(args, unix_time))
 
 
-def extend_run(run_dir: Path, total_timesteps: int) -> None:
-    """Write into a run's arguments how long it is to go on, atomically, so that the next --resume goes on to it too."""
-    contents = json.loads((run_dir / "args.json").read_text())
-    if contents["total_timesteps"] != total_timesteps:
-        temporary = run_dir / "args.json.tmp"
-        temporary.write_text(json.dumps({**contents, "total_timesteps": total_timesteps}, indent=2) + "\n")
-        temporary.replace(run_dir / "args.json")
-
-
 def run_name(args: Args, unix_time: int) -> str:
     return f"{args.env_id}__{args.exp_name}__{args.seed}__{unix_time}".replace("/", "-").replace(":", "-")
 
 
 def new_run_dir(args: Args, policy_class: type) -> Path:
     """Make the run's folder with its arguments in it, both at once: a run killed at any moment can be resumed."""
-    contents = {"policy_class": policy_class.__name__, **dataclasses.asdict(args)}
     temporary = Path(args.runs_dir, f".new-{os.getpid()}-{time.time_ns()}")
     try:
         temporary.mkdir(parents=True)
-        (temporary / "args.json").write_text(json.dumps(contents, indent=2) + "\n")
+        write_args(temporary, policy_class, dataclasses.asdict(args))
     except OSError as error:
         raise BadInput(f"--runs-dir is {args.runs_dir}, allowed is a folder to write to: {error}") from error
     for now in itertools.count(int(time.time())):  # a second run in the same second takes the next one
@@ -1498,6 +1489,13 @@ def new_run_dir(args: Args, policy_class: type) -> Path:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 shutil.rmtree(temporary)
                 raise BadInput(f"--exp-name is {args.exp_name}, allowed is a part of a file name: {error}") from error
+
+
+def write_args(run_dir: Path, policy_class: type, args: dict) -> None:
+    """Write args.json, atomically: a run that lost it could not be resumed."""
+    temporary = run_dir / "args.tmp"
+    temporary.write_text(json.dumps({"policy_class": policy_class.__name__, **args}, indent=2) + "\n")
+    temporary.replace(run_dir / "args.json")
 
 
 def make_learner(args: Args, policy_class: type, envs) -> Learner:
@@ -1710,6 +1708,15 @@ def from_json(saved: dict) -> Args:
     return dataclasses.replace(args, critic_hidden_dims=tuple(args.critic_hidden_dims))
 
 
+def read_args(run_dir: str) -> tuple[str, dict]:
+    """Policy class and arguments of a run. Raises `BadInput` where its args.json cannot be read."""
+    try:
+        saved = json.loads(Path(run_dir, "args.json").read_text())
+        return saved.pop("policy_class"), saved
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--resume is {run_dir}, which holds no run (no readable args.json)") from error
+
+
 def parse_args(
     argv: Optional[list[str]] = None, defaults: Optional[Args] = None, policy_class: type = FlowPolicy
 ) -> Args:
@@ -1727,11 +1734,7 @@ def parse_args(
         raise BadInput("--resume and --evaluate are given, allowed is one of them")
     flag, path = ("--resume", args.resume) if resumes else ("--evaluate", args.evaluate)
     if resumes:
-        try:
-            saved = json.loads(Path(path, "args.json").read_text())
-            found = saved.pop("policy_class")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"--resume is {path}, which holds no run (no readable args.json)") from error
+        found, saved = read_args(path)
         if found != policy_class.__name__:
             raise BadInput(f"--resume is {path}, a run of {found}; this script trains {policy_class.__name__}")
     else:  # whether training was filmed, on which physics, and whether on randomized models, says nothing
