@@ -1070,7 +1070,7 @@ def evaluate(
     capture_video: bool = False,
     export_onnx: Optional[str] = None,
 ) -> list[float]:
-    """Play a trained policy with its observation statistics frozen, and return the undiscounted episode returns.
+    """Play a trained policy with its observation statistics frozen; print and return undiscounted episode returns.
 
     Args:
         checkpoint: run folder or checkpoint file.
@@ -1082,7 +1082,7 @@ def evaluate(
 
     Raises:
         BadInput: for a checkpoint that is missing, truncated or of another policy.
-        WrongExport: for an exported file that computes something else than the policy.
+        WrongExport: for an exported file that computes something else than the policy; the returns are printed by then.
     """
     state = load_checkpoint(checkpoint, policy_class)
     args = Args(**state["args"])
@@ -1120,6 +1120,10 @@ def evaluate(
                 done = terminated or truncated
             returns.append(episode_return)
     env.close()
+    print(
+        f"{eval_episodes} episodes of {args.env_id} at temperature {temperature:g}: "
+        f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}"
+    )
     if video_dir:
         print(f"Films of {eval_episodes} episodes are in {video_dir}")
     if export_onnx:
@@ -1650,7 +1654,7 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
         if args.evaluate is not None:
             check_args(args, policy_class)
             torch.set_num_threads(args.torch_threads)
-            returns = evaluate(
+            evaluate(
                 args.evaluate,
                 policy_class,
                 args.eval_episodes,
@@ -1658,10 +1662,6 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
                 args.seed,
                 args.capture_video,
                 args.export_onnx,
-            )
-            print(
-                f"{len(returns)} episodes of {args.env_id} at temperature {args.temperature:g}: "
-                f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}"
             )
         else:
             stop_signal = train(args, policy_class)["stop_signal"]

@@ -126,11 +126,12 @@ def test_onnx_equals_the_policy(env_id, kind, flags, train_small, gaussian, tmp_
 
 
 def test_wrong_export_is_refused(cli, hopper_run, monkeypatch, tmp_path):
-    """An exported file that differs from the policy is an error in one line and does not stay on disk."""
+    """An exported file that differs from the policy is an error in one line, after the returns, and is deleted."""
     real = onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [real(*args)[0] + 1e-3])
     ended = cli("--evaluate", hopper_run, "--eval-episodes", 1, "--export-onnx", "policy.onnx")
     assert ended.status == 1 and ended.err.startswith("error: policy.onnx differs") and ended.err.count("\n") == 1
+    assert "1 episodes of Hopper-v4 at temperature 0: return" in ended.out
     assert list(tmp_path.iterdir()) == []
 
 
