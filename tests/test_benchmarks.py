@@ -4,6 +4,7 @@ report's numbers are those that can be computed by hand."""
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -656,3 +657,30 @@ def test_curves_with_holes(tmp_path):
     assert steps.tolist() == [10, 30, 40] and values.tolist() == [[1, 3, 4]]
     (broken,) = report.Results(tmp_path).broken_curves("X", "v", 40, "episodic_return")
     assert broken.to_dict() == {20: 6.0, 30: 8.0}
+
+
+def test_committed_tables_are_of_the_committed_results(tmp_path, monkeypatch, capsys):
+    """Every table on the two pages is what the CSV files beside them give, but for intervals, which take minutes, and
+    the verdicts that rest on them: a table edited by hand or left behind by new runs is not a result."""
+    for name in ("figure_s1", "figure_s1_aggregate", "figure_s1_updates", "figure_ablation"):
+        monkeypatch.setattr(report, name, lambda *_: None)
+    monkeypatch.setattr(report, "RESAMPLES", 10)
+    here, committed = ROOT / "benchmarks", [ROOT / "benchmarks" / "README.md", ROOT / "README.md"]
+    places = {"runs-dir": tmp_path / "none", "results": here / "results", "figures": here / "figures"}
+    places |= {"readme": tmp_path / "README.md", "front-page": tmp_path / "front.md"}
+    written = [places["readme"], places["front-page"]]
+    for page, copy in zip(committed, written):
+        # Emptied first, so that a table which is not written again does not pass for one that is.
+        copy.write_text(re.sub(r"(<!-- report: .*? -->\n).*?(<!-- end)", r"\1\2", page.read_text(), flags=re.DOTALL))
+    monkeypatch.setattr(sys, "argv", ["report.py", *(f"--{k}={v}" for k, v in places.items())])
+    report.main()
+
+    def comparable(page) -> list[str]:
+        text, verdict = page.read_text(), r"[^|\n]*\|$"
+        summary = re.search(r"<!-- report: summary -->.*?<!-- end", text, re.DOTALL)
+        if summary:
+            text = text.replace(summary[0], re.sub(verdict, "", summary[0], flags=re.MULTILINE))
+        return re.sub(r" \[-?[\d.]+, -?[\d.]+\]", "", text).splitlines()
+
+    for page, copy in zip(committed, written):
+        assert comparable(copy) == comparable(page)
