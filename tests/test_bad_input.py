@@ -215,6 +215,13 @@ def test_export_to_a_folder(cli, hopper_run):
     assert_one_line(cli("--evaluate", hopper_run, "--export-onnx", "."), "--export-onnx", "allowed is a file")
 
 
+def test_export_with_noise(cli, hopper_run):
+    """The file holds the deterministic policy, whose returns are not those of another temperature."""
+    flags = "--evaluate", hopper_run, "--export-onnx", "a.onnx", "--temperature"
+    assert_one_line(cli(*flags, "0.3"), "--temperature is 0.3", "allowed is 0 with --export-onnx")
+    assert cli(*flags, "0", "--eval-episodes", 1).status == 0
+
+
 def test_resume_of_nothing_by_function():
     """`train` raises what its docstring says."""
     with pytest.raises(nfpo.BadInput, match="--resume is nowhere"):

@@ -131,6 +131,8 @@ def test_foreign_checkpoints(cli, tmp_path):
         assert_one_line(cli(f"{flag} {run_dir}", policy_class=GaussianPolicy), flag, "FlowPolicy", "GaussianPolicy")
         assert_one_line(cli(f"{flag} {run_dir} --hidden-dim 9"), "--hidden-dim", "9", "8")
     assert_one_line(cli(f"--evaluate {run_dir} --export-jit nowhere/a.pt"), "--export-jit", "nowhere/a.pt")
+    ended = cli(f"--evaluate {run_dir} --export-jit a.pt --temperature 0.3")  # the file would be another policy
+    assert_one_line(ended, "--temperature is 0.3", "allowed is 0 with --export-jit")
     (run_dir / "checkpoint.pt").write_bytes((run_dir / "checkpoint.pt").read_bytes()[:1000])
     assert_one_line(cli(f"--evaluate {run_dir}"), "--evaluate", "truncated")
     assert_one_line(cli(f"--resume {run_dir}"), "--resume", "truncated")

@@ -79,6 +79,14 @@ def test_twin_has_no_flow_flags(cli):
     assert_one_line(cli(*flags, policy_class=GaussianPolicy), "--scale-bound", "0.3", "GaussianPolicy")
 
 
+def test_export_with_noise(cli, lane_run):
+    """The files hold the deterministic policy, whose returns are not those of another temperature."""
+    for flag in ("--export-onnx", "--export-npz"):
+        ended = cli("--evaluate", lane_run, flag, "a", "--temperature", 0.3)
+        assert_one_line(ended, "--temperature is 0.3", f"allowed is 0 with {flag}")
+    assert not Path("a").exists()
+
+
 def test_missing_meshes_are_one_line(cli, monkeypatch):
     """Where the robots' meshes cannot be cloned, whoever asked for a robot gets one line."""
 
