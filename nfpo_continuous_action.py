@@ -218,7 +218,7 @@ def check_args(args: Args, policy_class: type, world_size: int = 1) -> None:
         path = Path(args.export_onnx).absolute()
         if path.is_dir() or not path.parent.is_dir():
             raise BadInput(f"--export-onnx is {args.export_onnx}, allowed is a file in an existing folder")
-        if args.temperature > 0:  # or the returns printed above would not be those of the file
+        if args.temperature > 0:  # or the returns it prints would not be the file's
             raise BadInput(f"--temperature is {args.temperature}, allowed is 0 with --export-onnx: it holds no noise")
     if not issubclass(policy_class, FlowPolicy):
         for name in FLOW_FLAGS:

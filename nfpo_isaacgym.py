@@ -250,7 +250,7 @@ def check_args(args: Args, policy_class: type, world_size: int = 1) -> None:
             raise BadInput(f"{as_flag(name)} needs --evaluate RUN, the run to export")
         if Path(file).is_dir() or not Path(file).absolute().parent.is_dir():
             raise BadInput(f"{as_flag(name)} is {file}, allowed is a file in an existing folder")
-        if args.temperature > 0:  # or the returns printed above would not be those of the file
+        if args.temperature > 0:  # or the returns it prints would not be the file's
             raise BadInput(f"--temperature is {args.temperature}, allowed is 0 with {as_flag(name)}: it holds no noise")
     if args.eval_episodes < (0 if any(exports.values()) else 1):
         raise BadInput(f"--eval-episodes is {args.eval_episodes}, allowed is at least 1, or 0 beside an export")

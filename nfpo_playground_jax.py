@@ -252,7 +252,7 @@ def check_args(args: Args, policy_class: type) -> None:
             raise BadInput(f"{as_flag(name)} needs --evaluate RUN, the run to export")
         if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
             raise BadInput(f"{as_flag(name)} is {path}, allowed is a file in an existing folder")
-        if args.temperature > 0:  # or the returns printed above would not be those of the file
+        if args.temperature > 0:  # or the returns it prints would not be the file's
             raise BadInput(f"--temperature is {args.temperature}, allowed is 0 with {as_flag(name)}: it holds no noise")
     if not issubclass(policy_class, FlowPolicy):
         for name in FLOW_FLAGS:
