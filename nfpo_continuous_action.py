@@ -9,7 +9,6 @@ Paper: "NFPO: Stabilized Policy Optimization of Normalizing Flow for Robotic Pol
 
 Train:     python nfpo_continuous_action.py --env-id Humanoid-v4
 A robot:   python nfpo_continuous_action.py --env-id Go1JoystickFlatTerrain-v1 --envpool
-Deploy:    python nfpo_continuous_action.py --evaluate runs/RUN --export-onnx policy.onnx
 """
 
 import argparse
@@ -64,7 +63,9 @@ class Args:
     keep_interval: Optional[PositiveInt] = None  # iterations between checkpoints that stay, as checkpoint-STEP.pt
     resume: Optional[str] = None  # run folder to continue; other flags override the run's own
     evaluate: Optional[str] = None  # run folder or checkpoint to play instead of training
-    eval_episodes: PositiveInt = 10  # episodes that --evaluate plays
+    eval_episodes: PositiveInt = (
+        10  # episodes that --evaluate plays, of 10,000 steps at most where nothing else ends one
+    )
     temperature: NonNegativeFloat = 0.0  # factor on the base's deviation in --evaluate; 0 is the deterministic policy
     export_onnx: Optional[str] = None  # file that --evaluate writes the deterministic policy to
     learning_rate: PositiveFloat = 3e-4  # learning rate of Adam
@@ -193,13 +194,13 @@ class CouplingLayer(nn.Module):
     def __init__(self, kept_dim, transformed_dim, hidden_dim, hidden_layers, scale_fn, scale_bound):
         super().__init__()
         self.scale_fn, self.scale_bound = self.SCALE_FNS[scale_fn], scale_bound
-        self.kept = linear(kept_dim, hidden_dim)
+        self.kept_weight = nn.Parameter(linear(kept_dim, hidden_dim).weight.data)  # the bias is in `obs_encoder`
         self.hidden = nn.ModuleList(linear(hidden_dim, hidden_dim) for _ in range(hidden_layers - 1))
         self.out = linear(hidden_dim, 2 * transformed_dim, gain=0.01)  # small: at first f_j is nearly the identity
 
     def forward(self, obs_features: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (B, hidden_dim) and kept part (B, |d|) to bounded log-scale and shift, each (B, D - |d|)."""
-        hidden = torch.tanh(obs_features + self.kept(kept))
+        hidden = torch.tanh(obs_features + nn.functional.linear(kept, self.kept_weight))
         for layer in self.hidden:
             hidden = torch.tanh(layer(hidden))
         scale, shift = self.out(hidden).chunk(2, dim=-1)
@@ -208,7 +209,7 @@ class CouplingLayer(nn.Module):
 
 def linear(in_dim: int, out_dim: int, gain: float = 2**0.5) -> nn.Linear:
     """A linear layer, orthogonal with zero bias as in CleanRL; an empty one where an action has one dimension."""
-    layer = nn.utils.skip_init(nn.Linear, in_dim, out_dim)
+    layer = nn.Linear(in_dim, out_dim)
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
@@ -468,7 +469,7 @@ class Environments(nn.Module):
         size = obs["state"].shape[1] if isinstance(obs, dict) and "privileged_state" in obs else None
         self.policy_obs, self.critic_obs = slice(size), slice(size, None)  # all of it, unless a part is privileged
         self.episodes = []  # [return, length] of those that have ended
-        self.register_buffer("obs", self.flatten(obs))
+        self.register_buffer("obs", self.flatten(obs).nan_to_num(0.0, 0.0, 0.0))
         self.register_buffer("discounted_return", torch.zeros(num_envs, dtype=torch.float64))
         self.register_buffer("episode", torch.zeros(2, num_envs, dtype=torch.float64))  # return and length so far
         self.register_buffer("broken_episodes", torch.zeros(1, dtype=torch.int64))
@@ -497,7 +498,7 @@ class Environments(nn.Module):
             self.episode[:, done] = 0.0
             first_obs = self.flatten(self.reset(done.cpu().numpy())).to(obs)
             obs[done] = first_obs[done] if len(first_obs) == len(done) else first_obs
-        self.obs = obs
+        self.obs = torch.where(obs.abs() < HUGE, obs, 0.0)  # a first observation can be broken, too
         return reward, terminated, done, final_obs
 
     def get_extra_state(self) -> list:
@@ -535,15 +536,17 @@ def make_envs(args: Args, num_envs: int, seed: int, film: Optional[Path] = None)
             space, reset = envs.action_space, lambda mask: envs.reset(np.flatnonzero(mask).astype(np.int32))[0]
         else:
             kwargs, wrappers = dict(args.env_kwargs), []
+            if args.evaluate:  # or an episode without end would never be counted
+                wrappers.append(lambda env: env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, 10_000))
             if film:
                 os.environ.setdefault("MUJOCO_GL", "egl")  # off-screen; on Debian it needs libegl1
                 kwargs["render_mode"] = "rgb_array"
                 film = {"video_folder": str(film.parent), "name_prefix": film.name}
                 film["episode_trigger"] = lambda episode: episode < args.eval_episodes
                 wrappers.append(partial(gym.wrappers.RecordVideo, **film))
-            spec, mode = gym.spec(args.env_id), "async" if args.async_envs else "sync"  # workers may not know the id
+            mode = "async" if args.async_envs else "sync"
             options = {"copy": False, "autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-            envs = gym.make_vec(spec, num_envs, mode, options, wrappers, disable_env_checker=True, **kwargs)
+            envs = gym.make_vec(args.env_id, num_envs, mode, options, wrappers, disable_env_checker=True, **kwargs)
             envs._add_info = lambda infos, info, index: infos  # nobody reads them, and merging them is slow
             envs.reset(seed=seed)
             space, reset = envs.single_action_space, lambda mask: envs.reset(options={"reset_mask": mask})[0]
@@ -623,9 +626,6 @@ def evaluate(checkpoint: str | Path, policy_class: type = FlowPolicy, **flags) -
     state = load_checkpoint(checkpoint)
     args = dataclasses.replace(state["args"], **{"capture_video": False, "evaluate": str(checkpoint), **flags})
     args.envpool = args.envpool and args.env_id not in gym.registry  # Gymnasium has films and the exact physics
-    if not args.envpool and gym.spec(args.env_id).max_episode_steps is None:
-        print(f"{args.env_id} has no time limit: its episodes are cut after 10,000 steps.")
-        args.env_kwargs["max_episode_steps"] = 10_000
     film = state["run_dir"] / "videos" / f"step{state['global_step']}-temperature{args.temperature:g}"
     envs, seen = make_envs(args, 1, args.seed, film if args.capture_video else None), []
     with (

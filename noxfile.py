@@ -25,7 +25,8 @@ def working_python(version: str) -> str:
 @nox.session(python="3.11")
 def gymnasium(session: nox.Session) -> None:
     """nfpo_continuous_action.py and benchmarks/; arguments behind `--` go to pytest."""
-    session.install("-r", "requirements.txt", "-r", "requirements/benchmarks.txt", "-r", "requirements/dev.txt")
+    session.install("-r", "requirements.txt", "-r", "requirements/envpool.txt")
+    session.install("-r", "requirements/benchmarks.txt", "-r", "requirements/dev.txt")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run(*PYTEST, IN_ORDER, *session.posargs)
