@@ -95,8 +95,7 @@ class Args:
     def __post_init__(self):
         size = self.num_envs * self.num_steps
         if size % self.num_minibatches or size == self.num_minibatches:
-            allowed = f"a divisor of num_envs * num_steps = {size} that leaves two samples or more"
-            raise ValueError(f"--num-minibatches is {self.num_minibatches}, allowed is {allowed}")
+            raise ValueError(f"--num-minibatches is {self.num_minibatches}, allowed is a divisor of {size} below it")
         if self.total_timesteps < size:
             raise ValueError(f"--total-timesteps is {self.total_timesteps}, allowed is at least one batch, {size}")
         if self.export_onnx and (not self.evaluate or self.temperature > 0):
@@ -105,11 +104,9 @@ class Args:
 
 class FlowPolicy(nn.Module):
     """A conditional RealNVP as a policy (Eq. 6, Sec. A.7). To use it elsewhere, copy it with the two definitions below.
-
     The `num_layers` (K) coupling layers keep an action's even- and odd-indexed dimensions in turn; `scale_fn` and
     `scale_bound` (l) bound their log-scales. The base is N(0, diag(sigma^2)) with sigma = `base_std`, 1 in the paper.
-    Raises KeyError for an unknown `scale_fn`, ValueError for a `base_std` that is not above 0.
-    """
+    Raises KeyError for an unknown `scale_fn`, ValueError for a `base_std` that is not above 0."""
 
     def __init__(
         self,
@@ -650,6 +647,8 @@ def evaluate(checkpoint: str | Path, policy_class: type = FlowPolicy, **flags) -
         program = torch.onnx.export(agent, (obs[:2],), **names, dynamic_shapes=shapes, opset_version=18, dynamo=True)
         program.model.ir_version = 9  # with opset 18 it is what robots' runtimes read, back to onnxruntime 1.16
         torch.testing.assert_close(program(obs)[0], agent(obs), rtol=1e-5, atol=1e-5)  # or it must not reach a robot
+        about = envs.envs.spec.config._asdict() if args.envpool else {}  # of a robot: ctrl_dt, action_scale, ...
+        program.model.metadata_props.update({"env_id": args.env_id, **{name: str(about[name]) for name in about}})
         program.save(args.export_onnx, external_data=False)
         print(f"Wrote {args.export_onnx}, raw observations in and actions in the environment's units out.")
     return returns
