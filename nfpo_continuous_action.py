@@ -63,9 +63,7 @@ class Args:
     keep_interval: Optional[PositiveInt] = None  # iterations between checkpoints that stay, as checkpoint-STEP.pt
     resume: Optional[str] = None  # run folder to continue; other flags override the run's own
     evaluate: Optional[str] = None  # run folder or checkpoint to play instead of training
-    eval_episodes: PositiveInt = (
-        10  # episodes that --evaluate plays, of 10,000 steps at most where nothing else ends one
-    )
+    eval_episodes: PositiveInt = 10  # episodes that --evaluate plays, 10,000 steps long at most if nothing ends them
     temperature: NonNegativeFloat = 0.0  # factor on the base's deviation in --evaluate; 0 is the deterministic policy
     export_onnx: Optional[str] = None  # file that --evaluate writes the deterministic policy to
     learning_rate: PositiveFloat = 3e-4  # learning rate of Adam
@@ -317,8 +315,11 @@ def ppo_update(agent, optimizer, args: Args, rollout: tuple[torch.Tensor, ...], 
     if isinstance(agent.policy, FlowPolicy):  # what the paper diagnoses instability with (Fig. 2)
         _, log_det = agent.policy.forward(obs[..., agent.policy_obs], actions)
         sizes = agent.policy.log_scales.abs()
-        saturated = (sizes > 0.95 * args.scale_bound).float()
-        flow = {"log_det": log_det, "scale_abs_mean": sizes, "scale_saturation": saturated}
+        flow = {
+            "log_det": log_det,
+            "scale_abs_mean": sizes,
+            "scale_saturation": 1.0 * (sizes > 0.95 * args.scale_bound),
+        }
         metrics |= {f"flow/{name}": value.mean().item() for name, value in flow.items()}
     return metrics
 
@@ -549,7 +550,10 @@ def make_envs(args: Args, num_envs: int, seed: int, film: Optional[Path] = None)
             space, reset = envs.single_action_space, lambda mask: envs.reset(options={"reset_mask": mask})[0]
         parts = envs, num_envs, reset, space, args.env_id
         if not film:  # a step, so that what fails here has written nothing
-            Environments(*parts).step(torch.zeros(num_envs, math.prod(space.shape)))
+            probe = Environments(*parts)
+            probe.step(torch.zeros(num_envs, math.prod(space.shape)))
+            if probe.broken_episodes == num_envs:
+                raise BadInput("its first step gives no finite numbers")
         return Environments(*parts)
     except Exception as error:  # whatever an environment raises, its user wants the sentence, not the stack
         raise BadInput(f"--env-id {args.env_id} does not work: {str(error) or type(error).__name__}") from error
@@ -648,7 +652,8 @@ def evaluate(checkpoint: str | Path, policy_class: type = FlowPolicy, **flags) -
         program.model.ir_version = 9  # with opset 18 it is what robots' runtimes read, back to onnxruntime 1.16
         torch.testing.assert_close(program(obs)[0], agent(obs), rtol=1e-5, atol=1e-5)  # or it must not reach a robot
         about = envs.envs.spec.config._asdict() if args.envpool else {}  # of a robot: ctrl_dt, action_scale, ...
-        program.model.metadata_props.update({"env_id": args.env_id, **{name: str(about[name]) for name in about}})
+        about = {name: str(value) for name, value in about.items() if isinstance(value, float)}
+        program.model.metadata_props.update({"env_id": args.env_id, **about})
         program.save(args.export_onnx, external_data=False)
         print(f"Wrote {args.export_onnx}, raw observations in and actions in the environment's units out.")
     return returns
@@ -671,7 +676,7 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
                 evaluate(run_dir, policy_class, capture_video=True)
             print(f"Play it: python {sys.argv[0]} --evaluate {run_dir!r} [--export-onnx policy.onnx]")
     except (BadInput, FloatingPointError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(3 if isinstance(error, FloatingPointError) else 2)
 
 
