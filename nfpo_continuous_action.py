@@ -315,12 +315,8 @@ def ppo_update(agent, optimizer, args: Args, rollout: tuple[torch.Tensor, ...], 
     if isinstance(agent.policy, FlowPolicy):  # what the paper diagnoses instability with (Fig. 2)
         _, log_det = agent.policy.forward(obs[..., agent.policy_obs], actions)
         sizes = agent.policy.log_scales.abs()
-        flow = {
-            "log_det": log_det,
-            "scale_abs_mean": sizes,
-            "scale_saturation": 1.0 * (sizes > 0.95 * args.scale_bound),
-        }
-        metrics |= {f"flow/{name}": value.mean().item() for name, value in flow.items()}
+        metrics["flow/log_det"], metrics["flow/scale_abs_mean"] = log_det.mean().item(), sizes.mean().item()
+        metrics["flow/scale_saturation"] = (sizes > 0.95 * args.scale_bound).float().mean().item()
     return metrics
 
 
