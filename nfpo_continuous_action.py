@@ -405,11 +405,10 @@ class RunningMeanStd(nn.Module):
         sums = torch.stack((torch.full_like(self.mean, len(batch)), deviation.sum(0), deviation.square().sum(0)))
         if dist.is_initialized():
             dist.all_reduce(sums)
-        count = self.count + sums[0, :1]
-        shift = sums[1] / count
-        self.var.copy_((self.var * self.count + sums[2]) / count - shift.square())
+        self.count += sums[0, :1]
+        shift = sums[1] / self.count
+        self.var.copy_((self.var * (self.count - sums[0, :1]) + sums[2]) / self.count - shift.square())
         self.mean += shift
-        self.count.copy_(count)
 
 
 class Agent(nn.Module):
@@ -662,15 +661,16 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
     run = parser.parse_known_args()[0].run
     try:
         if run is not None:
-            defaults = dataclasses.replace(load_checkpoint(run)["args"], resume=None)
+            defaults = dataclasses.replace(load_checkpoint(run)["args"], resume=None, capture_video=False)
         args = tyro.cli(Args, default=defaults or Args(), description=__doc__.split("\n")[0])
         if args.evaluate is not None:
             evaluate(args.evaluate, policy_class, **dataclasses.asdict(args))
         else:
             run_dir = train(args, policy_class)["run_dir"]
-            if args.capture_video:
-                evaluate(run_dir, policy_class, capture_video=True)
-            print(f"Play it: python {sys.argv[0]} --evaluate {run_dir!r} [--export-onnx policy.onnx]")
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"Play it: python {sys.argv[0]} --evaluate {run_dir!r} [--export-onnx policy.onnx]")
+                if args.capture_video:
+                    evaluate(run_dir, policy_class, capture_video=True)
     except (BadInput, FloatingPointError, OSError) as error:
         tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(3 if isinstance(error, FloatingPointError) else 2)
