@@ -6,7 +6,6 @@ Paper: "NFPO: Stabilized Policy Optimization of Normalizing Flow for Robotic Pol
   2. To act, draw z and run f backwards. PPO needs nothing else from a policy, so the rest of it stays as it is.
   3. Left alone, training inflates the determinant until numbers break. NFPO bounds each log-scale: l * tanh(s) (Eq. 6).
   4. To deploy, run f backwards from z = 0, the mode of the base distribution (Sec. A.6).
-
 Train:     python nfpo_continuous_action.py --env-id Humanoid-v4
 A robot:   python nfpo_continuous_action.py --env-id Go1JoystickFlatTerrain-v1 --envpool
 """
@@ -195,7 +194,8 @@ class CouplingLayer(nn.Module):
 
     def forward(self, obs_features: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (B, hidden_dim) and kept part (B, |d|) to bounded log-scale and shift, each (B, D - |d|)."""
-        hidden = torch.tanh(obs_features + nn.functional.linear(kept, self.kept_weight))
+        # Nothing is kept of an action of one dimension, every other time, and old ONNX runtimes refuse empty products.
+        hidden = torch.tanh(obs_features + (nn.functional.linear(kept, self.kept_weight) if kept.shape[-1] else 0.0))
         for layer in self.hidden:
             hidden = torch.tanh(layer(hidden))
         scale, shift = self.out(hidden).chunk(2, dim=-1)
