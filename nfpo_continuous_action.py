@@ -6,8 +6,7 @@ Paper: "NFPO: Stabilized Policy Optimization of Normalizing Flow for Robotic Pol
   2. To act, draw z and run f backwards. PPO needs nothing else from a policy, so the rest of it stays as it is.
   3. Left alone, training inflates the determinant until numbers break. NFPO bounds each log-scale: l * tanh(s) (Eq. 6).
   4. To deploy, run f backwards from z = 0, the mode of the base distribution (Sec. A.6).
-Train:     python nfpo_continuous_action.py --env-id Humanoid-v4
-A robot:   python nfpo_continuous_action.py --env-id Go1JoystickFlatTerrain-v1 --envpool
+Run:  python nfpo_continuous_action.py --env-id Humanoid-v4   (a robot: --env-id Go1JoystickFlatTerrain-v1 --envpool)
 """
 
 import argparse
@@ -532,7 +531,7 @@ def make_envs(args: Args, num_envs: int, seed: int, film: Optional[Path] = None)
             if args.evaluate:  # or an episode without end would never be counted
                 wrappers.append(lambda env: env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, 10_000))
             if film:
-                os.environ.setdefault("MUJOCO_GL", "egl")  # off-screen; on Debian it needs libegl1
+                os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"  # off-screen, without a display
                 kwargs["render_mode"] = "rgb_array"
                 film = {"video_folder": str(film.parent), "name_prefix": film.name}
                 film["episode_trigger"] = lambda episode: episode < args.eval_episodes
@@ -551,7 +550,8 @@ def make_envs(args: Args, num_envs: int, seed: int, film: Optional[Path] = None)
                 raise BadInput("its first step gives no finite numbers")
         return Environments(*parts)
     except Exception as error:  # whatever an environment raises, its user wants the sentence, not the stack
-        raise BadInput(f"--env-id {args.env_id} does not work: {str(error) or type(error).__name__}") from error
+        hint = " (films need MUJOCO_GL=egl and, on Debian, libegl1)" if film else ""
+        raise BadInput(f"--env-id {args.env_id} does not work: {str(error) or type(error).__name__}{hint}") from error
 
 
 def compile_functions(agent: Agent, args: Args, raw_obs: torch.Tensor, act, gradient_fn):
