@@ -33,6 +33,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Literal, Optional, Tuple
@@ -42,7 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -65,9 +66,7 @@ class Args:
     compile: bool = True  # compile policy and update; eager where no compiler works
     torch_threads: PositiveInt = 1  # PyTorch's threads on the CPU
     runs_dir: str = "runs"  # folder that receives one folder per run
-    track: bool = False  # log to Weights & Biases too
-    wandb_project_name: str = "nfpo"  # Weights & Biases project
-    wandb_entity: Optional[str] = None  # Weights & Biases entity (team)
+    track: bool = False  # log to Weights & Biases too; WANDB_PROJECT and WANDB_ENTITY say where
     checkpoint_interval: PositiveInt = 50  # iterations between checkpoints; the last iteration always writes one
     keep_interval: Optional[PositiveInt] = None  # iterations between checkpoints that stay, as checkpoint-STEP.pt
     resume: Optional[str] = None  # run folder to continue; other flags override the run's own
@@ -124,12 +123,9 @@ class Args:
 
 class FlowPolicy(nn.Module):
     """A conditional RealNVP as a policy (Eq. 6, Sec. A.7). To use it elsewhere, copy it with the two definitions below.
-
-    Of K = `num_layers` coupling layers the first keeps the even-indexed dimensions of an action, the second the
-    odd-indexed ones, ... `hidden_dim` and `hidden_layers` are width and depth of each one's network. `scale_fn` and
-    `scale_bound` (l) bound the log-scales. `base_std` is the deviation of the base N(0, diag(sigma^2)), which the paper
-    leaves at 1. Raises KeyError for an unknown `scale_fn`, ValueError for a `base_std` that is not above 0.
-    """
+    The `num_layers` (K) coupling layers keep an action's even- and odd-indexed dimensions in turn; `scale_fn` and
+    `scale_bound` (l) bound their log-scales. The base is N(0, diag(sigma^2)) with sigma = `base_std`, 1 in the paper.
+    Raises KeyError for an unknown `scale_fn`, ValueError for a `base_std` that is not above 0."""
 
     def __init__(
         self,
@@ -160,10 +156,8 @@ class FlowPolicy(nn.Module):
         return self.base_log_prob(z) + log_det
 
     def sample(self, obs: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw actions (Algorithm 1, lines 4-6). (B, obs_dim) -> actions (B, D), log-probabilities (B,) at temperature 1.
-
-        `temperature` multiplies the deviation of the base noise; 0 gives the deterministic policy (Sec. A.6).
-        """
+        """Draw actions (Algorithm 1, lines 4-6). (B, obs_dim) -> actions (B, D), their log-probabilities (B,).
+        `temperature` multiplies the base's deviation, but not in the log-probability; 0 is deterministic (Sec. A.6)."""
         z = obs.new_zeros(*obs.shape[:-1], len(self.base_log_std))
         if temperature > 0:
             z = temperature * self.base_log_std.exp() * torch.randn_like(z)
@@ -177,14 +171,16 @@ class FlowPolicy(nn.Module):
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """f of the paper: actions (B, D) to latents (B, D) and log|det dz/da| (B,)."""
-        kept, other, log_det = action[..., 0::2], action[..., 1::2], 0.0
+        kept, other, log_scales = action[..., 0::2], action[..., 1::2], []
         for layer, obs_features in zip(self.layers, self.obs_encoder(obs).chunk(len(self.layers), dim=-1)):
             log_scale, shift = layer(obs_features, kept)
             other = other * log_scale.exp() + shift  # Eq. 6
-            log_det = log_det + log_scale.sum(-1)  # the Jacobian is triangular
+            log_scales.append(log_scale)
             kept, other = other, kept
         even, odd = (other, kept) if len(self.layers) % 2 else (kept, other)
-        return torch.cat((even, odd), dim=-1).index_select(-1, self.interleave), log_det
+        log_scales = torch.cat(log_scales, dim=-1)
+        self.log_scales = log_scales.detach()  # to look at: the paper diagnoses instability with them
+        return torch.cat((even, odd), dim=-1).index_select(-1, self.interleave), log_scales.sum(-1)
 
     def inverse(self, obs: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """f^-1 of the paper, last layer first: latents (B, D) to actions (B, D) and log|det da/dz| (B,)."""
@@ -214,14 +210,14 @@ class CouplingLayer(nn.Module):
     def __init__(self, kept_dim, transformed_dim, hidden_dim, hidden_layers, scale_fn, scale_bound):
         super().__init__()
         self.scale_fn, self.scale_bound = self.SCALE_FNS[scale_fn], scale_bound
-        self.kept = linear(kept_dim, hidden_dim)
+        self.kept_weight = nn.Parameter(linear(kept_dim, hidden_dim).weight.data)  # the bias is in `obs_encoder`
         self.hidden = nn.ModuleList(linear(hidden_dim, hidden_dim) for _ in range(hidden_layers - 1))
-        # A small output: at first every f_j is nearly the identity, and pi nearly the base distribution.
-        self.out = linear(hidden_dim, 2 * transformed_dim, gain=0.01)
+        self.out = linear(hidden_dim, 2 * transformed_dim, gain=0.01)  # small: at first f_j is nearly the identity
 
     def forward(self, obs_features: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (B, hidden_dim) and kept part (B, |d|) to bounded log-scale and shift, each (B, D - |d|)."""
-        hidden = torch.tanh(obs_features + self.kept(kept))
+        # Nothing is kept of an action of one dimension, every other time, and old ONNX runtimes refuse empty products.
+        hidden = torch.tanh(obs_features + (nn.functional.linear(kept, self.kept_weight) if kept.shape[-1] else 0.0))
         for layer in self.hidden:
             hidden = torch.tanh(layer(hidden))
         scale, shift = self.out(hidden).chunk(2, dim=-1)
@@ -230,31 +226,25 @@ class CouplingLayer(nn.Module):
 
 def linear(in_dim: int, out_dim: int, gain: float = 2**0.5) -> nn.Linear:
     """A linear layer, orthogonal with zero bias as in CleanRL; an empty one where an action has one dimension."""
-    layer = nn.utils.skip_init(nn.Linear, in_dim, out_dim)
+    layer = nn.Linear(in_dim, out_dim)
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-class Critic(nn.Module):
+class Critic(nn.Sequential):
     """The value function V(o): an ELU network, (B, obs_dim) -> (B,)."""
 
     def __init__(self, obs_dim: int, hidden_dims: tuple[int, ...] = (32,)):
-        super().__init__()
         hidden = [(linear(*sizes), nn.ELU()) for sizes in zip((obs_dim, *hidden_dims), hidden_dims)]
-        self.layers = nn.Sequential(*sum(hidden, ()), linear(hidden_dims[-1], 1, gain=1.0))
-
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.layers(obs).squeeze(-1)
+        super().__init__(*sum(hidden, ()), linear(hidden_dims[-1], 1, gain=1.0), nn.Flatten(-2))
 
 
 @torch.no_grad()
 def collect_rollout(agent, envs, act, args: Args) -> tuple[torch.Tensor, ...]:
-    """Algorithm 1, lines 2-9: T steps of N environments, into the buffer B. `act` is `agent.act`, maybe compiled.
-
-    B is observations (T, N, obs_dim), actions (T, N, D) and, each (T, N), their log-probabilities, rewards, values,
-    values of the state that followed, terminated, done and resetting: that step only reset the environment.
-    """
+    """Algorithm 1, lines 2-9: T steps of N environments. `act` is `agent.act`, maybe compiled. Returns the buffer B:
+    normalized observations (T, N, obs_dim), actions (T, N, D) and, each (T, N), their log-probabilities, scaled
+    rewards, values, values of the state that followed, terminated, done, resetting: steps that were a reset only."""
     steps = []
     for _ in range(args.num_steps):
         if args.normalize_obs:
@@ -263,9 +253,8 @@ def collect_rollout(agent, envs, act, args: Args) -> tuple[torch.Tensor, ...]:
         reward, terminated, done, resetting = envs.step(action)  # line 7
         steps.append((obs, action, log_prob, args.reward_scale * reward, terminated, done, resetting))
     obs, actions, log_probs, rewards, terminated, done, resetting = (torch.stack(x) for x in zip(*steps))
-    # The critic does not change during a rollout, and one batch is faster than T small ones.
     all_obs = torch.cat((obs, agent.normalize(envs.obs)[None]))  # (T + 1, N, obs_dim)
-    values = agent.critic(all_obs[..., agent.critic_obs])
+    values = agent.critic(all_obs[..., agent.critic_obs])  # one batch is faster than T small ones
     next_values = values[1:]
     if envs.resets_in_step:
         # A time limit is no death, but the state that it cut off is never seen: the one before stands in, as in rsl_rl.
@@ -275,10 +264,8 @@ def collect_rollout(agent, envs, act, args: Args) -> tuple[torch.Tensor, ...]:
 
 def compute_gae(rewards, values, next_values, terminated, done, gamma: float, gae_lambda: float) -> torch.Tensor:
     """Generalized advantage estimation (Algorithm 1, line 10; Schulman et al. 2016, Eq. 16). All (T, N).
-
-    `next_values[t]` is the value of the state that really followed. `terminated` (bool or 0/1) stops the bootstrap, since
-    that state had no future, and `done` stops the trace: the next row is another episode. A time limit is only done.
-    """
+    `next_values[t]` is the value of the state that really followed. `terminated` stops the bootstrap: that state had no
+    future. `done` stops the trace: the next row is another episode. A time limit is done, but not terminated."""
     deltas = rewards + gamma * next_values.masked_fill(terminated.bool(), 0.0) - values
     decays = gamma * gae_lambda * (1 - done.to(values))
     advantages, last = torch.zeros_like(values), torch.zeros_like(values[0])
@@ -288,8 +275,7 @@ def compute_gae(rewards, values, next_values, terminated, done, gamma: float, ga
 
 
 def ppo_gradient(agent, args: Args, obs, actions, old_log_probs, advantages, returns, old_values):
-    """The function `update` of Algorithm 1, lines 19-23, on a minibatch of (B, ...): the gradient as one vector, and policy
-    loss, value loss, old approximate KL, approximate KL and clipped share as another. One compiled graph holds it all."""
+    """The function `update` of Algorithm 1, lines 19-23, on a minibatch (B, ...): its gradient and five statistics."""
     policy_obs = obs[..., agent.policy_obs]
     log_ratio = agent.policy.log_prob(policy_obs, actions) - old_log_probs
     ratio = log_ratio.exp()  # r(theta), line 22
@@ -297,14 +283,12 @@ def ppo_gradient(agent, args: Args, obs, actions, old_log_probs, advantages, ret
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # Eq. 2, line 23
-
     values = agent.critic(obs[..., agent.critic_obs])
     errors = (values - returns).square()
     if args.clip_vloss:
         clipped_values = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
         errors = torch.max(errors, (clipped_values - returns).square())
     value_loss = 0.5 * errors.mean()
-
     loss = policy_loss + args.vf_coef * value_loss
     if args.ent_coef > 0:
         # No closed form: -E[log pi(a)] over samples of the current policy, differentiated through the samples.
@@ -318,14 +302,11 @@ def ppo_gradient(agent, args: Args, obs, actions, old_log_probs, advantages, ret
 
 
 def ppo_update(agent, optimizer, args: Args, rollout: tuple[torch.Tensor, ...], gradient_fn) -> dict[str, float]:
-    """Algorithm 1, lines 10-17: advantages, N epochs of M minibatches, and what they measured.
-
-    `optimizer` holds one vector that all parameters are views of, so that one operation clips or steps them all.
-    """
+    """Algorithm 1, lines 10-17: advantages, N epochs of M minibatches, and what they measured. `optimizer` holds one
+    vector that all parameters are views of, so that one operation averages, clips or steps them all."""
     obs, actions, log_probs, rewards, values, next_values, terminated, done, resetting = rollout
     advantages = compute_gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
     returns = advantages + values
-    entropy = -log_probs.mean()  # of the policy that acted, from its own samples
     if args.action_noise > 0:  # Sec. 5.1; the ratio compares both policies at the same, noisy action
         actions = actions + args.action_noise * torch.randn_like(actions)
         with torch.no_grad():
@@ -353,36 +334,24 @@ def ppo_update(agent, optimizer, args: Args, rollout: tuple[torch.Tensor, ...], 
                 group["lr"] = min(max(factor * group["lr"], 1e-5), 1e-2)
             optimizer.step()  # line 24
             all_stats.append(torch.cat((stats, norm[None])))
-    names = "policy_loss", "value_loss", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm"
-    last_epoch = torch.stack(all_stats[-args.num_minibatches :]).mean(0).tolist()
+    names = "policy_loss value_loss old_approx_kl approx_kl clipfrac grad_norm entropy explained_variance".split()
+    last_epoch = torch.stack(all_stats[-args.num_minibatches :]).mean(0)
     explained = 1 - (returns - values).var() / (returns.var() + 1e-8)
-    metrics = {**dict(zip(names, last_epoch)), "entropy": entropy.item(), "explained_variance": explained.item()}
-    metrics = {f"losses/{name}": value for name, value in metrics.items()}
-    return {**metrics, **flow_metrics(agent.policy, obs[..., agent.policy_obs], actions)}
-
-
-@torch.no_grad()
-def flow_metrics(policy: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> dict[str, float]:
-    """What the paper diagnoses instability with (Fig. 2): log-determinant, size and saturation of the log-scales."""
-    if not isinstance(policy, FlowPolicy):
-        return {}
-    found = []
-    hooks = [layer.register_forward_hook(lambda *call: found.append(call[-1][0])) for layer in policy.layers]
-    policy.forward(obs, actions)
-    for hook in hooks:
-        hook.remove()
-    scales = torch.cat(found, dim=-1)
-    saturation = (scales.abs() > 0.95 * policy.layers[0].scale_bound).float()
-    metrics = {"log_det": scales.sum(-1), "scale_abs_mean": scales.abs(), "scale_saturation": saturation}
-    return {f"flow/{name}": value.mean().item() for name, value in metrics.items()}
+    numbers = [*last_epoch.tolist(), -rollout[2].mean().item(), explained.item()]  # entropy of the policy that acted
+    metrics = {f"losses/{name}": number for name, number in zip(names, numbers)}
+    if isinstance(agent.policy, FlowPolicy):  # what the paper diagnoses instability with (Fig. 2)
+        _, log_det = agent.policy.forward(obs[..., agent.policy_obs], actions)
+        sizes = agent.policy.log_scales.abs()
+        metrics["flow/log_det"], metrics["flow/scale_abs_mean"] = log_det.mean().item(), sizes.mean().item()
+        metrics["flow/scale_saturation"] = (sizes > 0.95 * args.scale_bound).float().mean().item()
+    return metrics
 
 
 def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     """Algorithm 1 with logging and checkpoints. Returns the last metrics, `run_dir` and `episodic_return` among them.
 
-    `policy_class(obs_dim, action_dim, ...)` is a module with `sample` and `log_prob`; what else it names, `args` gives.
-    Raises BadInput, and FloatingPointError where parameters are no longer finite.
-    """
+    `policy_class(obs_dim, action_dim)` is a module with `sample` and `log_prob`; what else it names, `args` gives it.
+    Raises BadInput, and FloatingPointError where parameters are no longer finite."""
     if dist.is_torchelastic_launched() and not dist.is_initialized():  # torchrun started this process, one of many
         dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
         if args.device != "cpu":
@@ -391,8 +360,8 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     torch.set_num_threads(args.torch_threads)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
     new = {"run_dir": Path(args.runs_dir, name), "global_step": 0, "returns": []}
-    checkpoint = load_checkpoint(args.resume, policy_class) if args.resume else new
-    run_dir, global_step, returns = (checkpoint[name] for name in new)
+    checkpoint = load_checkpoint(args.resume) if args.resume else new
+    run_dir, global_step, returns = (checkpoint[key] for key in new)
     envs = make_envs(args, args.num_envs, args.seed + rank + global_step)
     torch.manual_seed(args.seed)  # every process starts from the same networks
     agent = Agent(args, policy_class, *envs.sizes).to(args.device)
@@ -401,12 +370,12 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, fused=True)
     torch.manual_seed(args.seed + rank + global_step)  # but has noise, episodes and minibatches of its own
     if args.resume:
-        load_checkpoint(args.resume, policy_class, agent)
+        load_checkpoint(args.resume, agent)
         optimizer.load_state_dict(checkpoint["optimizer"])
         vars(envs.env).update(checkpoint["curriculum"])
         print("Isaac Gym cannot be continued within its episodes: new ones start.")
     envs.reset(args.random_initial_steps)
-    writer, lock = open_run(args, run_dir, global_step) if rank == 0 else (None, None)
+    writer, lock = open_run(args, run_dir, global_step, envs.cfg) if rank == 0 else (None, None)
     act, gradient_fn = agent.act, partial(ppo_gradient, agent, args)
     if args.compile and (shutil.which("g++") is None or envs.sizes[2] == 1):
         print("Without g++, or for one action, PyTorch 2.4.1 compiles nothing or wrongly: going on eagerly, slower.")
@@ -415,8 +384,8 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
 
     batch_size = args.num_envs * args.num_steps * world_size
     num_iterations = args.total_timesteps // batch_size
-    start_step, start_time, metrics = global_step, time.time(), {}
-    bar = tqdm(total=num_iterations * batch_size, initial=global_step, unit_scale=True, disable=rank > 0, **BAR)
+    start_step, start_time, metrics, mean_return = global_step, time.time(), {}, float(np.mean(returns or np.nan))
+    bar = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", disable=rank > 0, **BAR)
     for iteration in range(global_step // batch_size, num_iterations):
         if args.desired_kl is None:  # else the KL divergence sets the learning rate
             fraction = 1 - iteration / num_iterations if args.anneal_lr else 1.0
@@ -428,22 +397,21 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
         global_step += batch_size
         episodes, terms = envs.pop()
         returns = (returns + [episodic_return for episodic_return, _ in episodes])[-100:]
-        bar.set_postfix_str(f"return {np.mean(returns or np.nan):.2f}, KL {metrics['losses/approx_kl']:.3f}", False)
+        mean_return = float(np.mean(returns or np.nan))
+        bar.set_postfix_str(f"return {mean_return:.2f}, KL {metrics['losses/approx_kl']:.3f}", refresh=False)
         bar.update(batch_size)
-        if rank > 0:
-            continue
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         metrics["charts/SPS"] = int((global_step - start_step) / (time.time() - start_time))
         metrics["charts/broken_episodes"] = envs.broken_episodes
         if episodes:
             metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes, axis=0).tolist()
         metrics.update(terms)
-        for name, value in metrics.items():
+        for name, value in metrics.items() if rank == 0 else ():
             writer.add_scalar(name, value, global_step)
-        state = {"policy_class": policy_class.__name__, "args": dataclasses.asdict(args), "global_step": global_step}
         keep = args.keep_interval is not None and (iteration + 1) % args.keep_interval == 0
-        if keep or iteration % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
-            state.update(agent=agent.state_dict(), optimizer=optimizer.state_dict(), returns=returns)
+        if rank == 0 and (keep or iteration % args.checkpoint_interval == 0 or iteration + 1 == num_iterations):
+            state = {"args": dataclasses.asdict(args), "global_step": global_step, "returns": returns}
+            state.update(agent=agent.state_dict(), optimizer=optimizer.state_dict())
             state.update(sizes=envs.sizes, curriculum=envs.curriculum())
             for name in ["checkpoint.pt", f"checkpoint-{global_step}.pt"][: 1 + keep]:
                 save_checkpoint(run_dir / name, state)
@@ -451,8 +419,7 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
         resource.close()
     if dist.is_initialized():
         dist.barrier()  # a process that leaves early, while another still writes, was seen to hang
-    metrics["episodic_return"] = float(np.mean(returns or np.nan))
-    return {**metrics, "run_dir": str(run_dir), "global_step": global_step}
+    return {**metrics, "run_dir": str(run_dir), "global_step": global_step, "episodic_return": mean_return}
 
 
 class RunningMeanStd(nn.Module):
@@ -470,20 +437,17 @@ class RunningMeanStd(nn.Module):
         sums = torch.stack((torch.full_like(self.mean, len(batch)), deviation.sum(0), deviation.square().sum(0)))
         if dist.is_initialized():
             dist.all_reduce(sums)
-        count = self.count + sums[0, :1]
-        shift = sums[1] / count
-        self.var.copy_((self.var * self.count + sums[2]) / count - shift.square())
+        self.count += sums[0, :1]
+        shift = sums[1] / self.count
+        self.var.copy_((self.var * (self.count - sums[0, :1]) + sums[2]) / self.count - shift.square())
         self.mean += shift
-        self.count.copy_(count)
 
 
 class Agent(nn.Module):
-    """Policy, critic and running statistics in one module: whoever saves it saves all that the policy needs.
-
-    An observation is what the policy sees, then what the critic sees if that is something else. Actions go to the task
-    as they are: legged_gym clips them at +-100 and multiplies by its `action_scale`, IsaacGymEnvs clips them at +-1, and
-    programs that run such policies on robots do the same.
-    """
+    """Policy, critic and running statistics in one module: whoever saves it saves all that the policy needs. An
+    observation is what the policy sees, then what the critic sees if that is something else. Actions go to the task as
+    they are: legged_gym clips them at +-100 and multiplies by its `action_scale`, IsaacGymEnvs clips them at +-1, and
+    the programs that run such policies on robots do the same."""
 
     def __init__(self, args: Args, policy_class: type, obs_dim: int, privileged_dim: int, action_dim: int):
         super().__init__()
@@ -517,15 +481,15 @@ class Agent(nn.Module):
 
 
 class Environments:
-    """N environments stepped together on one device, and what one rollout hands to the next.
+    """N environments stepped together on one device, and what one rollout hands to the next. A simulation whose numbers
+    break ends its own episode and no other. Only `pop` waits for the device.
 
-    A simulation whose numbers break ends its own episode and no other. Only `pop` waits for the device. A task either
-    resets an environment in the step that ends its episode, whose last observation is never seen (`resets_in_step`), or
-    in the next one, which must not be trained on. `reset_next(mask)` has it reset others, (N,), in the next step.
-    """
+    A task either resets an environment in the step that ends its episode, whose last observation is never seen
+    (`resets_in_step`), or in the next one, which must not be trained on. `reset_next(mask)` has the next step reset
+    those of a mask (N,)."""
 
-    def __init__(self, env, sizes: tuple[int, int, int], resets_in_step: bool, reset_next, num_envs: int, args: Args):
-        self.env, self.sizes, self.env_id = env, sizes, args.env_id
+    def __init__(self, env, cfg: dict, sizes: tuple, resets_in_step: bool, reset_next, num_envs: int, args: Args):
+        self.env, self.cfg, self.sizes, self.env_id = env, cfg, sizes, args.env_id  # sizes as `Agent` takes them
         self.resets_in_step, self.reset_next = resets_in_step, reset_next
         self.obs = torch.zeros(num_envs, sizes[0] + sizes[1], device=args.device)
         self.episode_return, self.episode_length = torch.zeros(2, num_envs, device=args.device)
@@ -551,8 +515,8 @@ class Environments:
         privileged, reward, done, infos = others
         obs = obs if privileged is None else torch.cat((obs, privileged), dim=-1)
         done, resetting = done.bool(), self.resetting
-        # legged_gym's `infos` is one dict for ever, written only in steps that reset an environment, and old in others.
-        time_out = infos["time_outs"].bool() & done if "time_outs" in infos else torch.zeros_like(done)
+        # legged_gym's `infos` is one dict for ever, written only in steps in which an environment is done, else old.
+        time_out = infos["time_outs"].bool() if "time_outs" in infos else torch.zeros_like(done)
         terms = {name: x for name, x in infos.items() if torch.is_tensor(x) and x.dim() == 0}
         for name, mean in {**terms, **infos.get("episode", {})}.items():  # over those that were reset in this step
             self.terms.setdefault(f"episode/{name}", []).append(torch.stack((done.sum(), done.sum() * mean)))
@@ -595,62 +559,76 @@ class BadInput(ValueError):
     """What the user has to change; `main` prints it as one line."""
 
 
+def make_legged_gym(module: str, task: str, num_envs: int, seed: int, args: Args) -> Environments:
+    """A task of Unitree RL Gym, or one that `module` registers with legged_gym."""
+    from isaacgym import gymapi
+    from legged_gym.utils import class_to_dict, task_registry
+
+    for name in ("legged_gym.envs", module or "legged_gym"):
+        importlib.import_module(name)  # registers its tasks
+    if task not in task_registry.task_classes:
+        raise BadInput(f"allowed are {', '.join(sorted(task_registry.task_classes))}")
+    cfg, train_cfg = task_registry.get_cfgs(task)
+    train_cfg.seed = seed  # where `make_env` takes its seed from
+    if not args.randomize:
+        cfg.noise.add_noise = cfg.domain_rand.randomize_friction = cfg.domain_rand.push_robots = False
+    # Without a namespace, `make_env` would parse this script's command line and refuse it.
+    settings = {"sim_device": args.device, "headless": args.headless, "num_envs": num_envs, "num_threads": 0}
+    on_gpu = {"use_gpu": args.device != "cpu", "use_gpu_pipeline": args.device != "cpu"}
+    settings = argparse.Namespace(physics_engine=gymapi.SIM_PHYSX, subscenes=0, **settings, **on_gpu)
+    env, cfg = task_registry.make_env(task, settings)
+    sizes, limit = (env.num_obs, env.num_privileged_obs or 0, env.num_actions), int(env.max_episode_length)
+    reset_next = lambda mask: env.episode_length_buf.masked_fill_(mask, limit)  # noqa: E731
+    return Environments(env, class_to_dict(cfg), sizes, True, reset_next, num_envs, args)
+
+
+def make_isaacgymenvs(module: str, task: str, num_envs: int, seed: int, args: Args) -> Environments:
+    """A task of IsaacGymEnvs."""
+    if task.startswith(("AnymalTerrain", "HumanoidAMP")):
+        raise BadInput("it does not reset like the other tasks, in the step after an episode's end")
+    if args.device == "cpu" or not args.randomize:  # `make` would go on with what IsaacGymEnvs' own files say
+        raise BadInput("allowed are neither --device cpu nor --no-randomize: IsaacGymEnvs' cfg folder decides that")
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):  # `make` does nothing with its seed
+        set_seed(seed)
+    devices = {"sim_device": args.device, "rl_device": args.device, "graphics_device_id": int(args.device[5:])}
+    show = {"headless": args.headless, "force_render": not args.headless}
+    env = importlib.import_module(module).make(seed=seed, task=task, num_envs=num_envs, **devices, **show)
+    sizes = env.num_obs, env.num_states or 0, env.num_acts
+    return Environments(env, env.cfg, sizes, False, lambda mask: env.reset_buf.masked_fill_(mask, 1), num_envs, args)
+
+
 def make_envs(args: Args, num_envs: int, seed: int) -> Environments:
     """The process's environments, which Isaac Gym can make once. Raises BadInput with the reason if it cannot."""
     module, _, task = args.env_id.rpartition(":")
-    settings = {"num_envs": num_envs, "sim_device": args.device, "headless": args.headless}
     try:
         if args.device != "cpu":
             torch.cuda.set_device(args.device)
-        if module == "isaacgymenvs":
-            if task.startswith(("AnymalTerrain", "HumanoidAMP")):
-                raise BadInput("it does not reset like the other tasks, in the step after an episode's end")
-            if args.device == "cpu" or not args.randomize:  # `make` would go on with what IsaacGymEnvs' own files say
-                raise BadInput("allowed are neither --device cpu nor --no-randomize: its cfg folder decides that")
-            for set_seed in (random.seed, np.random.seed, torch.manual_seed):  # `make` does nothing with its seed
-                set_seed(seed)
-            settings.update(rl_device=args.device, graphics_device_id=int(args.device[5:]), seed=seed)
-            env = importlib.import_module(module).make(task=task, force_render=not args.headless, **settings)
-            sizes = env.num_obs, env.num_states or 0, env.num_acts
-            return Environments(env, sizes, False, lambda x: env.reset_buf.masked_fill_(x, 1), num_envs, args)
-        gymapi = importlib.import_module("isaacgym.gymapi")
-        for name in ("legged_gym.envs", module or "legged_gym"):
-            importlib.import_module(name)  # registers its tasks
-        registry = importlib.import_module("legged_gym.utils").task_registry
-        if task not in registry.task_classes:
-            raise BadInput(f"allowed are {', '.join(sorted(registry.task_classes))}")
-        cfg, train_cfg = registry.get_cfgs(task)
-        train_cfg.seed = seed  # where `make_env` takes its seed from
-        if not args.randomize:
-            cfg.noise.add_noise = cfg.domain_rand.randomize_friction = cfg.domain_rand.push_robots = False
-        # Without a namespace, `make_env` would parse this script's command line and refuse it.
-        settings.update(physics_engine=gymapi.SIM_PHYSX, num_threads=0, subscenes=0)
-        settings.update(use_gpu=args.device != "cpu", use_gpu_pipeline=args.device != "cpu")
-        env, _ = registry.make_env(task, argparse.Namespace(**settings))
-        sizes, limit = (env.num_obs, env.num_privileged_obs or 0, env.num_actions), int(env.max_episode_length)
-        return Environments(env, sizes, True, lambda x: env.episode_length_buf.masked_fill_(x, limit), num_envs, args)
+        make = make_isaacgymenvs if module == "isaacgymenvs" else make_legged_gym
+        return make(module, task, num_envs, seed, args)
     except Exception as error:  # whatever a simulator raises, its user wants the sentence, not the stack
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = str(error) or type(error).__name__
         if isinstance(error, ImportError):
             reason += "; needed are, on Python 3.8, Isaac Gym Preview 4 (https://developer.nvidia.com/isaac-gym) and "
             reason += "https://github.com/unitreerobotics/unitree_rl_gym or https://github.com/isaac-sim/IsaacGymEnvs"
         raise BadInput(f"--env-id is {args.env_id} on {args.device}, which does not work: {reason}") from error
 
 
-def open_run(args: Args, run_dir: Path, global_step: int) -> tuple[SummaryWriter, FileLock]:
+def open_run(args: Args, run_dir: Path, global_step: int, cfg: dict) -> tuple:
     """The run's log, on W&B too with --track, and the lock that keeps a second process away."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / ".lock", timeout=0)
-    lock.acquire()
+    try:
+        lock = FileLock(run_dir / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise BadInput(f"{run_dir} is in use: another process trains there") from error
+    # Whoever deploys the policy compares this with the robot: action scale, default angles, gains, ...
+    (run_dir / "env_cfg.json").write_text(json.dumps(cfg, indent=2, default=str))
     config = dataclasses.asdict(args)
     if args.track:
         import wandb
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_dir.name}
-        wandb.init(**names, resume="allow", sync_tensorboard=True, config=config, allow_val_change=True)
+        wandb.init(id=run_dir.name, resume="allow", sync_tensorboard=True, config=config, allow_val_change=True)
     writer = SummaryWriter(str(run_dir), purge_step=global_step + 1)  # what is computed again is not logged twice
-    rows = ["|param|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in config.items())]
-    writer.add_text("hyperparameters", "\n".join(rows))
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in config.items()))
     return writer, lock
 
 
@@ -660,36 +638,30 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def load_checkpoint(path: str | Path, policy_class: type, agent: Optional[Agent] = None) -> dict:
-    """A run folder's or file's checkpoint, with its folder as `run_dir`; its parameters go into `agent`.
-
-    Only tensors and plain values are read, so that a stranger's file cannot run code. Raises BadInput.
-    """
+def load_checkpoint(path: str | Path, agent: Optional[Agent] = None) -> dict:
+    """The checkpoint of a run folder or a file, and its `run_dir`; parameters go into `agent`. Raises BadInput."""
     file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        if checkpoint["policy_class"] != policy_class.__name__:
-            raise BadInput(f"it is a run of {checkpoint['policy_class']}, this script trains {policy_class.__name__}")
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # a stranger's file cannot run code
+        checkpoint.update({"args": Args(**checkpoint["args"]), "run_dir": file.parent})
         if agent:
             agent.load_state_dict(checkpoint["agent"])
-        return {**checkpoint, "args": Args(**checkpoint["args"]), "run_dir": file.parent}
     except Exception as error:  # torch.load has no error class of its own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise BadInput(f"{str(path)!r} holds no whole checkpoint that fits: {reason}") from error
+        raise BadInput(f"{str(path)!r} holds no checkpoint that fits: {str(error) or type(error).__name__}") from error
+    return checkpoint
 
 
 @torch.no_grad()
 def evaluate(checkpoint: str | Path, policy_class: type = FlowPolicy, **flags) -> list[float]:
     """Export a trained policy and play it, its statistics frozen; print and return its episodes' undiscounted returns.
 
-    `flags` are fields of `Args` (`eval_episodes`, `temperature`, `seed`, `device`, `export_jit`, ...) that differ from
-    the run's. Each episode has an environment of its own. Raises BadInput for a checkpoint that cannot be played.
-    """
-    state = load_checkpoint(checkpoint, policy_class)
+    `flags` are fields of `Args` other than the run's: `eval_episodes`, `temperature`, `device`, `export_jit`, ... Each
+    episode has an environment of its own. Raises BadInput for a checkpoint that cannot be played."""
+    state = load_checkpoint(checkpoint)
     args = dataclasses.replace(state["args"], **{**flags, "evaluate": str(checkpoint)})
     envs = make_envs(args, args.eval_episodes, args.seed) if args.eval_episodes else None
     agent = Agent(args, policy_class, *(envs.sizes if envs else state["sizes"])).eval()
-    load_checkpoint(checkpoint, policy_class, agent)
+    load_checkpoint(checkpoint, agent)
     export(agent, args.export_jit, args.export_onnx)
     if envs is None:
         return []
@@ -714,8 +686,8 @@ def evaluate(checkpoint: str | Path, policy_class: type = FlowPolicy, **flags) -
 def export(agent: Agent, jit: Optional[str], onnx: Optional[str]) -> None:
     """Write the deterministic policy as TorchScript and as ONNX: raw float32 `obs` (B, obs_dim) to actions (B, D).
 
-    Raises FloatingPointError where a file would compute something else than the policy: it must not reach a robot.
-    """
+    Raises FloatingPointError where a file would compute something else than the policy: it must not reach a robot."""
+    warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # of sizes that are constants indeed
     agent, size = agent.float(), agent.policy_obs.stop
     obs = torch.randn(256, size, generator=torch.Generator().manual_seed(0))
     if agent.normalize_obs:  # spread as in training
@@ -746,15 +718,16 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
     run = parser.parse_known_args()[0].run
     try:
         if run is not None:
-            defaults = dataclasses.replace(load_checkpoint(run, policy_class)["args"], resume=None)
+            defaults = dataclasses.replace(load_checkpoint(run)["args"], resume=None)
         args = tyro.cli(Args, default=defaults or Args(), description=__doc__.split("\n")[0])
         if args.evaluate is not None:
             evaluate(args.evaluate, policy_class, **dataclasses.asdict(args))
         else:
             run_dir = shlex.quote(train(args, policy_class)["run_dir"])
-            print(f"Play it: python {sys.argv[0]} --evaluate {run_dir} [--no-headless] [--export-jit policy.pt]")
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"Play it: python {sys.argv[0]} --evaluate {run_dir} [--no-headless] [--export-jit policy.pt]")
     except (BadInput, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)  # on a line of its own, beside a bar too
         sys.exit(3 if isinstance(error, FloatingPointError) else 2)
 
 

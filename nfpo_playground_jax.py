@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import difflib
 import importlib
-import inspect
 import json
 import math
 import os
@@ -52,7 +51,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 HUGE = 1e10  # a number that no simulator means
-BAR = {"mininterval": 0.1 if sys.stderr.isatty() else 30}  # a line every half minute in a log
+BAR = {"unit_scale": True, "mininterval": 0.1 if sys.stderr.isatty() else 30}  # a line every half minute in a log
 MAX_EVAL_STEPS = 10_000  # of --evaluate, where the time limit is later
 LAST_STEP = "AutoResetWrapper_preserve_info"  # what Playground's automatic reset leaves alone in `info`
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -76,7 +75,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "nfpo"  # Weights & Biases project
     wandb_entity: Optional[str] = None  # Weights & Biases entity (team)
-    capture_video: bool = False  # film an episode after training, or those of --evaluate, into the run's `videos`
+    capture_video: bool = False  # film the episodes of --evaluate, or one after training in a single process
     checkpoint_interval: PositiveInt = 50  # iterations between checkpoints; the last iteration always writes one
     keep_interval: Optional[PositiveInt] = None  # iterations between checkpoints that stay, as kept/STEP
     resume: Optional[str] = None  # run folder to continue; other flags override the run's own
@@ -107,8 +106,8 @@ class Args:
     hidden_layers: PositiveInt = 1  # hidden layers of each coupling network
     scale_fn: Literal["tanh", "clip", "none", "zero", "asymmetric"] = "tanh"  # bound of the log-scale (Sec. 4)
     scale_bound: PositiveFloat = 0.5  # the bound l of the log-scale, for tanh and clip
-    base_std: PositiveFloat = 0.5  # the base distribution's deviation at the start; the paper's is 1
-    learned_base_std: bool = True  # learn the base's deviation; the paper does not
+    base_std: PositiveFloat = 1.0  # the base distribution's deviation at the start
+    learned_base_std: bool = False  # learn the base's deviation; the paper does not
     action_noise: NonNegativeFloat = 0.0  # deviation of noise added to the actions that are trained on (Sec. 5.1)
 
     def __post_init__(self):
@@ -124,12 +123,9 @@ class Args:
 
 class FlowPolicy(nn.Module):
     """A conditional RealNVP as a policy (Eq. 6, Sec. A.7). To use it elsewhere, copy it with the two definitions below.
-
-    Of K = `num_layers` coupling layers the first keeps the even-indexed dimensions of an action, the second the
-    odd-indexed ones, ... `hidden_dim` and `hidden_layers` are width and depth of each one's network. `scale_fn` and
-    `scale_bound` (l) bound the log-scales. `base_std` is the deviation of the base N(0, diag(sigma^2)), which the paper
-    leaves at 1. `init` raises KeyError for an unknown `scale_fn`, ValueError for a `base_std` that is not above 0.
-    """
+    The `num_layers` (K) coupling layers keep an action's even- and odd-indexed dimensions in turn; `scale_fn` and
+    `scale_bound` (l) bound their log-scales. The base is N(0, diag(sigma^2)) with sigma = `base_std`, 1 in the paper.
+    `init` raises KeyError for an unknown `scale_fn`, ValueError for a `base_std` that is not above 0."""
 
     obs_dim: int
     action_dim: int
@@ -158,10 +154,9 @@ class FlowPolicy(nn.Module):
         return self.base_log_prob(z) + log_det
 
     def sample(self, obs: jax.Array, key: jax.Array, temperature: float = 1.0) -> tuple[jax.Array, jax.Array]:
-        """Draw actions (Algorithm 1, lines 4-6). (B, obs_dim) -> actions (B, D), log-probabilities (B,) at temperature 1.
-
-        `temperature` multiplies the deviation of the base noise; 0 gives the deterministic policy (Sec. A.6), keyless.
-        """
+        """Draw actions (Algorithm 1, lines 4-6). (B, obs_dim) -> actions (B, D), their log-probabilities (B,).
+        `temperature` multiplies the base's deviation, but not in the log-probability; 0 is deterministic (Sec. A.6)
+        and needs no key."""
         z = jnp.zeros((*obs.shape[:-1], self.action_dim))
         if temperature > 0:
             z = temperature * jnp.exp(self.base_log_std) * jax.random.normal(key, z.shape)
@@ -219,26 +214,25 @@ class CouplingLayer(nn.Module):
     @nn.compact
     def __call__(self, obs_features: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Features (B, hidden_dim) and kept part (B, |d|) to bounded log-scale and shift, each (B, D - |d|)."""
-        hidden = self.activation(obs_features + linear(self.hidden_dim)(kept))
+        hidden = self.activation(obs_features + linear(self.hidden_dim, bias=False)(kept))  # it is in `obs_encoder`
         for _ in range(self.hidden_layers - 1):
             hidden = self.activation(linear(self.hidden_dim)(hidden))
-        # A small output: at first every f_j is nearly the identity, and pi nearly the base distribution.
-        scale, shift = jnp.split(linear(2 * self.transformed_dim, gain=0.01)(hidden), 2, axis=-1)
+        output = linear(2 * self.transformed_dim, gain=0.01)(hidden)  # small: at first f_j is nearly the identity
+        scale, shift = jnp.split(output, 2, axis=-1)
         log_scale = self.SCALE_FNS[self.scale_fn](scale, self.scale_bound)
         self.sow("intermediates", "log_scale", log_scale)  # for `flow_metrics`; nobody else asks for it
         return log_scale, shift
 
 
-def linear(out_dim: int, gain: float = 2**0.5) -> nn.Dense:
+def linear(out_dim: int, gain: float = 2**0.5, bias: bool = True) -> nn.Dense:
     """A linear layer, orthogonal with zero bias as in CleanRL; an empty one where an action has one dimension."""
     init = nn.initializers.orthogonal(gain)
-    return nn.Dense(out_dim, kernel_init=lambda key, shape, _: init(key, shape) if all(shape) else jnp.ones(shape))
+    return nn.Dense(out_dim, bias, kernel_init=lambda key, size, _: init(key, size) if all(size) else jnp.ones(size))
 
 
 class Critic(nn.Module):
     """The value function V(o): an ELU network, (B, obs_dim) -> (B,)."""
 
-    obs_dim: int
     hidden_dims: tuple[int, ...] = (512, 256, 128)
 
     @nn.compact
@@ -248,15 +242,15 @@ class Critic(nn.Module):
         return linear(1, gain=1.0)(obs).squeeze(-1)
 
 
-def collect_rollout(agent: "Agent", envs, args: Args) -> tuple["Agent", tuple[jax.Array, ...], dict]:
-    """Algorithm 1, lines 2-9: T steps of N environments. Returns the agent after it, and how the episodes went.
+def collect_rollout(agent: "Agent", envs, args: Args) -> tuple["Agent", tuple, dict[str, jax.Array]]:
+    """Algorithm 1, lines 2-9: T steps of N environments. Returns the agent after it, the buffer B, and metrics.
 
-    Between these the buffer B: normalized observations (T, N, obs_dim), actions (T, N, D) before the box clips them, and,
-    each (T, N), log-probabilities, normalized rewards, values, values of what really followed, terminated and done.
+    In B are normalized observations, actions (T, N, D) before the box clips them, and, each (T, N), log-probabilities,
+    normalized rewards, values, values of what really followed, terminated and done.
     """
 
     def step(env_state, key):
-        obs = flatten(env_state.obs)
+        obs = as_dict(env_state.obs)
         action, log_prob, boxed_action = agent.act(obs, key)  # lines 4-6
         env_state = envs.step(env_state, boxed_action)  # line 7
         return env_state, (obs, action, log_prob, env_state.reward, env_state.info[LAST_STEP])
@@ -281,8 +275,8 @@ def compute_gae(rewards, values, next_values, terminated, done, gamma: float, ga
     """Generalized advantage estimation (Algorithm 1, line 10; Schulman et al. 2016, Eq. 16). All (T, N).
 
     `next_values[t]` is the value of the state that really followed, an episode's last one included. `terminated` stops
-    the bootstrap: that state had no future. `done` stops the trace: the next row is another episode. Both are bool or
-    0/1; a time limit is done and not terminated.
+    the bootstrap: that state had no future. `done` stops the trace: the next row is another episode. A time limit is
+    done and not terminated.
     """
     deltas = rewards + gamma * jnp.where(terminated, 0.0, next_values) - values
     decays = gamma * gae_lambda * (1 - done)
@@ -330,20 +324,19 @@ def ppo_update(agent: "Agent", args: Args, rollout: tuple[jax.Array, ...]) -> tu
     obs, actions, log_probs, rewards, values, next_values, terminated, done = rollout
     advantages = compute_gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
     returns = advantages + values
-    entropy = -log_probs.mean()  # of the policy that acted, from its own samples
     noise_key, shuffle_key, loss_key = jax.random.split(jax.random.fold_in(agent.key, 1), 3)
     if args.action_noise > 0:  # Sec. 5.1; the ratio compares both policies at the same, noisy action
         actions = actions + args.action_noise * jax.random.normal(noise_key, actions.shape)
         log_probs = agent.ask_policy("log_prob", obs, actions)
-    batch = [x.reshape(-1, *x.shape[2:]) for x in (obs, actions, log_probs, advantages, returns, values)]
-    order = jnp.tile(jnp.arange(len(batch[0])), (args.update_epochs, 1))
+    batch = obs, actions, log_probs, advantages, returns, values
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    order = jnp.tile(jnp.arange(returns.size), (args.update_epochs, 1))
     order = jax.random.permutation(shuffle_key, order, axis=1, independent=True)  # of each epoch
 
     def step(carry, now):
         (params, opt_state, learning_rate), (indexes, key) = carry, now
-        minibatch = [x[indexes] for x in batch]
-        if args.num_devices > 1 or args.distributed:  # every device takes its share of every minibatch
-            minibatch = jax.lax.with_sharding_constraint(minibatch, PartitionSpec("envs"))
+        minibatch = jax.tree.map(lambda x: x[indexes], batch)
+        minibatch = jax.lax.with_sharding_constraint(minibatch, PartitionSpec("envs"))  # each device takes a share
         gradient, metrics = jax.grad(ppo_loss, has_aux=True)(params, agent, args, key, *minibatch)
         norm = optax.tree.norm(gradient)
         gradient = jax.tree.map(lambda x: x * jnp.minimum(args.max_grad_norm / (norm + 1e-6), 1.0), gradient)
@@ -355,18 +348,17 @@ def ppo_update(agent: "Agent", args: Args, rollout: tuple[jax.Array, ...]) -> tu
         params = jax.tree.map(lambda p, d: p - learning_rate * d, params, direction)  # line 24
         return (params, opt_state, learning_rate), {**metrics, "losses/grad_norm": norm}
 
-    updates = args.update_epochs * args.num_minibatches
-    inputs = order.reshape(updates, -1), jax.random.split(loss_key, updates)
-    carry, metrics = jax.lax.scan(step, (agent.params, agent.opt_state, agent.learning_rate), inputs)
-    params, opt_state, learning_rate = carry
+    order = order.reshape(args.update_epochs * args.num_minibatches, -1)
+    carry, keys = (agent.params, agent.opt_state, agent.learning_rate), jax.random.split(loss_key, len(order))
+    (params, opt_state, learning_rate), metrics = jax.lax.scan(step, carry, (order, keys))
     metrics = {name: x[-args.num_minibatches :].mean() for name, x in metrics.items()}  # of the last epoch
-    metrics["losses/entropy"] = entropy
     metrics["losses/explained_variance"] = 1 - (returns - values).var() / (returns.var() + 1e-8)
+    metrics["losses/entropy"] = -rollout[2].mean()  # of the policy that acted, from its own samples
     metrics["charts/learning_rate"] = learning_rate
     return agent.replace(params=params, opt_state=opt_state, learning_rate=learning_rate), metrics
 
 
-def flow_metrics(agent: "Agent", obs: jax.Array, actions: jax.Array) -> dict[str, jax.Array]:
+def flow_metrics(agent: "Agent", obs: dict, actions: jax.Array) -> dict[str, jax.Array]:
     """What the paper diagnoses instability with (Fig. 2): log-determinant, size and saturation of the log-scales."""
     _, found = agent.ask_policy("forward", obs, actions, mutable=["intermediates"])
     log_scales = jnp.concatenate(jax.tree.leaves(found), axis=-1)
@@ -381,12 +373,12 @@ def flow_metrics(agent: "Agent", obs: jax.Array, actions: jax.Array) -> dict[str
 def train_iteration(agent: "Agent", envs, args: Args) -> tuple["Agent", dict]:
     """One iteration of Algorithm 1's outer loop, which is compiled as a whole, and its metrics."""
     if args.anneal_lr:
-        fraction = 1 - agent.iteration / (args.total_timesteps // (args.num_envs * args.num_steps))
+        fraction = 1 - agent.iteration * (args.num_envs * args.num_steps / args.total_timesteps)
         agent = agent.replace(learning_rate=fraction * args.learning_rate)
     agent, rollout, metrics = collect_rollout(agent, envs, args)  # lines 2-9
     agent, losses = ppo_update(agent, args, rollout)  # lines 10-17
     if isinstance(agent.policy, FlowPolicy):  # on every eighth environment, enough for a mean
-        metrics |= flow_metrics(agent, *(x[:, ::8] for x in rollout[:2]))
+        metrics |= flow_metrics(agent, *jax.tree.map(lambda x: x[:, ::8], rollout[:2]))
     finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(agent.params)]).all()
     agent = agent.replace(iteration=agent.iteration + 1, key=jax.random.split(agent.key)[0])
     return agent, {**metrics, **losses, "finite": finite}
@@ -400,19 +392,18 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     """
     if args.distributed and not jax.distributed.is_initialized():  # before anything else of JAX
         jax.distributed.initialize()
-    is_main, unix_time = jax.process_index() == 0, multihost_utils.broadcast_one_to_all(np.int32(time.time()))
+    unix_time = multihost_utils.broadcast_one_to_all(np.int32(time.time()))  # so that all processes use one folder
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{unix_time}".replace("/", "-").replace(":", "-")
-    checkpoint = load_checkpoint(args.resume, policy_class) if args.resume else {}
+    load = partial(load_checkpoint, args.resume, policy_class)
+    checkpoint = load() if args.resume else {}
     run_dir, global_step = checkpoint.get("run_dir", Path(args.runs_dir, name)), checkpoint.get("global_step", 0)
     returns = deque(checkpoint.get("returns", []), maxlen=100)
     envs = make_envs(args)
-    shapes = place(jax.eval_shape(partial(make_agent, args, policy_class, envs)), args)
+    new_agent = partial(make_agent, args, policy_class, envs)
+    shapes = place(jax.eval_shape(new_agent), args)
     shardings, everywhere = jax.tree.map(lambda x: x.sharding, shapes), shapes.key.sharding
-    if checkpoint:
-        agent = load_checkpoint(args.resume, policy_class, {"agent": shapes})["agent"]
-    else:
-        agent = jax.jit(partial(make_agent, args, policy_class, envs), out_shardings=shardings)()
-    writer, lock = open_run(args, run_dir, global_step) if is_main else (None, None)
+    agent = load(shapes)["agent"] if args.resume else jax.jit(new_agent, out_shardings=shardings)()
+    writer, lock = open_run(args, run_dir, global_step)
     iterate = partial(train_iteration, envs=envs, args=args)
     with jax.set_mesh(everywhere.mesh):  # the memory of the agent before an iteration serves the one after it
         iterate = jax.jit(iterate, out_shardings=(shardings, everywhere), donate_argnums=0).lower(shapes).compile()
@@ -420,40 +411,34 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     start_step, start_time, metrics, mean_return = global_step, time.time(), {}, float(np.mean(returns or np.nan))
-    bar = tqdm(total=num_iterations * batch_size, initial=global_step, unit_scale=True, disable=not is_main, **BAR)
-    for iteration in range(global_step // batch_size, num_iterations):
-        agent, metrics = iterate(agent)
-        metrics = {name: x.item() for name, x in jax.device_get(metrics).items()}
-        if not metrics.pop("finite"):
-            raise FloatingPointError(f"the parameters of {run_dir} are not finite after step {global_step}")
-        global_step += batch_size
-        if metrics["charts/episodes"]:  # each counts with the mean of its iteration
-            returns.extend([metrics["charts/episodic_return"]] * min(int(metrics["charts/episodes"]), 100))
-        mean_return = float(np.mean(returns or np.nan))
-        bar.set_postfix_str(f"return {mean_return:.1f}, KL {metrics['losses/approx_kl']:.3f}", refresh=False)
-        bar.update(batch_size)
-        metrics = {name: x for name, x in metrics.items() if not math.isnan(x)}
-        metrics["charts/SPS"] = int((global_step - start_step) / (time.time() - start_time))
-        for name, value in metrics.items() if is_main else ():
-            writer.add_scalar(name, value, global_step)
-        state = {"policy_class": policy_class.__name__, "args": dataclasses.asdict(args), "global_step": global_step}
-        keep = args.keep_interval is not None and (iteration + 1) % args.keep_interval == 0
-        if keep or iteration % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
-            for folder, most in (("checkpoint", 1), ("kept", None))[: 1 + keep]:
-                save_checkpoint(run_dir / folder, most, agent, state | {"returns": list(returns)})
-    bar.close()
-    if is_main:
-        writer.close()
+    about, is_main = {"policy_class": policy_class.__name__, "args": dataclasses.asdict(args)}, jax.process_index() == 0
+    with writer, tqdm(total=num_iterations * batch_size, initial=global_step, disable=not is_main, **BAR) as bar:
+        for iteration in range(global_step // batch_size, num_iterations):
+            agent, metrics = iterate(agent)
+            metrics = {name: x.item() for name, x in jax.device_get(metrics).items()}
+            if not metrics.pop("finite"):
+                raise FloatingPointError(f"the parameters of {run_dir} are not finite after step {global_step}")
+            global_step += batch_size
+            returns.extend([metrics["charts/episodic_return"]] * int(metrics["charts/episodes"]))  # each as their mean
+            mean_return = float(np.mean(returns or np.nan))
+            bar.set_postfix_str(f"return {mean_return:.1f}, KL {metrics['losses/approx_kl']:.3f}", refresh=False)
+            bar.update(batch_size)
+            metrics = {name: x for name, x in metrics.items() if not np.isnan(x)}
+            metrics["charts/SPS"] = int((global_step - start_step) / (time.time() - start_time))
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, global_step)
+            keep = args.keep_interval is not None and (iteration + 1) % args.keep_interval == 0
+            if keep or iteration % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
+                writer.flush()  # what is not logged now, no resumed run would log
+                for folder, most in (("checkpoint", 1), ("kept", None))[: 1 + keep]:
+                    counts = {"global_step": global_step, "returns": list(returns)}
+                    save_checkpoint(run_dir / folder, most, agent, about | counts)
     return {**metrics, "run_dir": str(run_dir), "global_step": global_step, "episodic_return": mean_return}
 
 
 @struct.dataclass
 class Agent:
-    """All that the next iteration depends on, and that a checkpoint holds: networks, statistics and environments.
-
-    The policy sees the first entries of an observation and the critic the last: all, unless there is a privileged state.
-    Playground's actions are in [-1, 1] already, so nothing is rescaled.
-    """
+    """All that the next iteration depends on and a checkpoint holds. Playground's actions are in [-1, 1] already."""
 
     params: dict  # of policy and critic
     obs_stats: running_statistics.RunningStatisticsState
@@ -466,43 +451,41 @@ class Agent:
     policy: nn.Module = struct.field(pytree_node=False)
     critic: Critic = struct.field(pytree_node=False)
 
-    def normalize(self, obs: jax.Array) -> jax.Array:
-        """Raw observations (..., obs_dim) to zero mean and unit variance, clipped to +-10."""
-        size = obs.shape[-1]  # without the privileged state, which comes last, where a deployed policy acts
-        return ((obs - self.obs_stats.mean[:size]) / self.obs_stats.std[:size]).clip(-10, 10)
+    def normalize(self, obs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Raw observations (..., size) to zero mean and unit variance, clipped to +-10."""
+        mean, std = self.obs_stats.mean, self.obs_stats.std
+        return {name: ((x - mean[name]) / std[name]).clip(-10, 10) for name, x in obs.items()}
 
-    def act(self, obs: jax.Array, key: Optional[jax.Array], temperature: float = 1.0) -> tuple[jax.Array, ...]:
-        """Raw observations (N, obs_dim) to actions, log-probabilities and actions in the box."""
+    def act(self, obs: dict, key: Optional[jax.Array], temperature: float = 1.0) -> tuple[jax.Array, ...]:
+        """Raw observations (N, size) to actions, log-probabilities and actions in the box."""
         action, log_prob = self.ask_policy("sample", self.normalize(obs), key, temperature)
         return action, log_prob, action.clip(-1, 1)
 
-    def ask_policy(self, method: str, obs: jax.Array, *inputs, **options):
-        """The policy's `sample`, `log_prob`, ..., of normalized observations (..., obs_dim)."""
-        inputs = {"params": self.params["policy"]}, obs[..., : self.policy.obs_dim], *inputs
-        return self.policy.apply(*inputs, method=method, **options)
+    def ask_policy(self, method: str, obs: dict, *inputs, **options):
+        """The policy's `sample`, `log_prob`, ..., of normalized observations (..., size)."""
+        return self.policy.apply({"params": self.params["policy"]}, obs["state"], *inputs, method=method, **options)
 
-    def value(self, obs: jax.Array) -> jax.Array:
-        """Normalized observations (..., obs_dim) to values (...)."""
-        return self.critic.apply({"params": self.params["critic"]}, obs[..., -self.critic.obs_dim :])
+    def value(self, obs: dict) -> jax.Array:
+        """Normalized observations (..., size) to values (...)."""
+        return self.critic.apply({"params": self.params["critic"]}, obs.get("privileged_state", obs["state"]))
 
 
 def make_agent(args: Args, policy_class: type, envs) -> Agent:
     """New networks, new statistics, new episodes."""
     key, policy_key, critic_key, env_key, steps_key = jax.random.split(jax.random.PRNGKey(args.seed), 5)
     env_state = envs.reset(jax.random.split(env_key, args.num_envs))
+    obs, actions = as_dict(env_state.obs), jnp.zeros((args.num_envs, envs.action_size))
     if args.random_initial_steps:
         steps = jax.random.randint(steps_key, args.num_envs, 0, envs.episode_length)
         for name in {"steps", "_steps"} & set(env_state.info):  # the second in tasks that count, too
             env_state.info[name] = steps.astype(env_state.info[name].dtype)
     options = {**vars(args), "num_layers": args.num_flow_layers}
-    named = {name: options[name] for name in inspect.signature(policy_class).parameters if name in options}
-    policy_obs, critic_obs = parts(env_state.obs)[0], parts(env_state.obs)[-1]
-    policy = policy_class(policy_obs.shape[-1], envs.action_size, **named)
-    critic = Critic(critic_obs.shape[-1], args.critic_hidden_dims)
-    actions = jnp.zeros((args.num_envs, envs.action_size))
-    policy_params = policy.init(policy_key, policy_obs, actions, method="log_prob")["params"]
-    params = {"policy": policy_params, "critic": critic.init(critic_key, critic_obs)["params"]}
-    stats = [running_statistics.init_state(x, 1e-8) for x in (flatten(env_state.obs)[0], jnp.zeros(()))]
+    named = {x.name: options[x.name] for x in dataclasses.fields(policy_class) if x.name in options}
+    policy, critic = policy_class(obs["state"].shape[-1], envs.action_size, **named), Critic(args.critic_hidden_dims)
+    policy_params = policy.init(policy_key, obs["state"], actions, method="log_prob")["params"]
+    critic_params = critic.init(critic_key, obs.get("privileged_state", obs["state"]))["params"]
+    params = {"policy": policy_params, "critic": critic_params}
+    stats = [running_statistics.init_state(x, 1e-8) for x in (jax.tree.map(lambda x: x[0], obs), jnp.zeros(()))]
     training = optax.scale_by_adam().init(params), jnp.asarray(args.learning_rate), env_state, jnp.zeros((), int), key
     return Agent(params, *stats, *training, policy, critic)
 
@@ -510,10 +493,9 @@ def make_agent(args: Args, policy_class: type, envs) -> Agent:
 def place(shapes: Agent, args: Args) -> Agent:
     """Spread environments over `num_devices` of each process, and have all else on each of them. Raises BadInput."""
     devices = [x for process in range(jax.process_count()) for x in jax.local_devices(process)[: args.num_devices]]
-    shared = args.num_envs, args.num_envs * args.num_steps // args.num_minibatches
+    shared = args.num_envs, args.num_envs * args.num_steps // args.num_minibatches  # environments and a minibatch
     if args.num_devices > jax.local_device_count() or any(size % len(devices) for size in shared):
-        allowed = f"at most {jax.local_device_count()}, and all must share num_envs and a minibatch, {shared}, evenly"
-        raise BadInput(f"--num-devices is {args.num_devices}, allowed is {allowed}")
+        raise BadInput(f"--num-devices is {args.num_devices}, allowed is what this machine has and divides {shared}")
     mesh = jax.sharding.Mesh(np.array(devices), ("envs",))
 
     def leaf(path, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -524,31 +506,29 @@ def place(shapes: Agent, args: Args) -> Agent:
 
 
 class EpisodeWrapper(wrapper.Wrapper):
-    """Repeats actions, ends episodes at the time limit and sums them up, as Brax's wrapper of this name, and keeps what
-    the automatic reset around it replaces: the observation that a step really led to, and how the episode went. A
-    simulation whose numbers break ends its own episode and no other. Everything is (N, ...).
+    """Repeats actions, ends episodes at the time limit and sums them up, as Brax's wrapper of this name. It keeps what
+    the reset around it replaces: the observation that a step really led to, and how the episode went. A simulation
+    whose numbers break ends its own episode and no other. Everything is (N, ...).
     """
 
     def __init__(self, env, config, gamma: float):
         super().__init__(env)
-        self.gamma, self.episode_length, self.action_repeat = (
-            gamma,
-            config.episode_length,
-            config.get("action_repeat", 1),
-        )
+        self.episode_length, self.gamma = config.episode_length, gamma
+        self.action_repeat = config.get("action_repeat", 1)
 
     def reset(self, rng: jax.Array):
         state, zeros = self.env.reset(rng), jnp.zeros(len(rng))
         names = "terminated done counts discounted_return broken_episodes charts/episodic_return charts/episodic_length"
         last = dict.fromkeys([*names.split(), *(f"episode/{name}" for name in state.metrics)], zeros)
-        return state.replace(info={**state.info, "steps": zeros, LAST_STEP: {"obs": flatten(state.obs), **last}})
+        return state.replace(info={**state.info, "steps": zeros, LAST_STEP: {"obs": as_dict(state.obs), **last}})
 
     def step(self, state, action: jax.Array):
         before, last, reward = state, state.info[LAST_STEP], 0.0
         for _ in range(self.action_repeat):
             state = self.env.step(state, action)
             reward = reward + state.reward
-        broken = ~((jnp.abs(flatten(state.obs)) < HUGE).all(-1) & (jnp.abs(reward) < HUGE))
+        numbers = jnp.concatenate((*as_dict(state.obs).values(), reward[:, None]), axis=-1)
+        broken = ~(jnp.abs(numbers) < HUGE).all(-1)
 
         def choose(old: jax.Array, new: jax.Array) -> jax.Array:
             is_shared = new.shape[:1] != broken.shape  # by all environments, as contacts of Warp are
@@ -565,24 +545,16 @@ class EpisodeWrapper(wrapper.Wrapper):
         info = {**state.info, "steps": steps}
         if "_steps" in info:  # a task's own count, which starts anew with the episode
             info["_steps"] = jnp.where(broken, 0, info["_steps"])
-        info[LAST_STEP] = {
-            "obs": flatten(state.obs),
-            "terminated": terminated,
-            "done": done,
-            "counts": done * (sums["charts/episodic_length"] == steps),  # not the first ones, begun in their middle
-            "broken_episodes": last["broken_episodes"] + broken,
-            **sums,
-        }
+        counts = done * (sums["charts/episodic_length"] == steps)  # not the first episodes, begun in their middle
+        sums["broken_episodes"] = last["broken_episodes"] + broken
+        info[LAST_STEP] = {"obs": as_dict(state.obs), "terminated": terminated, "done": done, "counts": counts, **sums}
         return state.replace(reward=reward, done=done, info=info)
 
 
-def parts(obs) -> list[jax.Array]:
-    """An observation's vectors: the policy sees the first, the critic the last, which may be the same."""
-    return [obs[x] for x in ("state", "privileged_state") if x in obs] if isinstance(obs, Mapping) else [obs]
-
-
-def flatten(obs) -> jax.Array:
-    return jnp.concatenate(parts(obs), axis=-1)
+def as_dict(obs) -> dict[str, jax.Array]:
+    """An observation as `state` for the policy and, where there is one, `privileged_state` for the critic."""
+    obs = obs if isinstance(obs, Mapping) else {"state": obs}
+    return {name: obs[name] for name in ("state", "privileged_state") if name in obs}
 
 
 class BadInput(ValueError):
@@ -596,15 +568,14 @@ def make_envs(args: Args):
     try:
         if module:
             importlib.import_module(module)
-        if not module and name not in registry.ALL_ENVS:
+        elif name not in registry.ALL_ENVS:
             near = difflib.get_close_matches(name, registry.ALL_ENVS, cutoff=0.4) or registry.ALL_ENVS[:3]
             raise BadInput(f"Playground does not have it; nearest names: {', '.join(near)}")
         config = registry.get_default_config(name)
         config.update_from_flattened_dict(args.config_overrides)
         env = registry.load(name, config_overrides={"impl": impl, **args.config_overrides})
-        sizes = env.observation_size
-        if isinstance(sizes, Mapping) and ("state" not in sizes or any(np.size(x) > 1 for x in sizes.values())):
-            raise BadInput(f"observations are {dict(sizes)}, allowed are vectors and no images, `state` among them")
+        if "pixels" in str(env.observation_size):
+            raise BadInput(f"observations are {env.observation_size}, allowed are vectors and no images")
         if jax.process_count() > 1 and env.mjx_model is not None:
             # Playground puts the model on the first process's device, from which no other process can read.
             env._mjx_model = mjx.put_model(env.mj_model, jax.local_devices()[0], impl=impl)
@@ -621,36 +592,35 @@ def make_envs(args: Args):
 
 
 def open_run(args: Args, run_dir: Path, global_step: int) -> tuple[SummaryWriter, FileLock]:
-    """The run's log, on W&B too with --track, and the lock that keeps a second process away."""
+    """The run's log, in which a resumed run overwrites its future, and the lock that keeps a second process away."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / ".lock", timeout=0)
+    lock = FileLock(run_dir / f".lock-{jax.process_index()}", timeout=0)
     lock.acquire()
     print(f"{run_dir}: compiling for {args.num_devices} x {jax.devices()[0].device_kind}.", flush=True)
     config = dataclasses.asdict(args)
-    if args.track:
+    if args.track and jax.process_index() == 0:
         import wandb
 
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_dir.name}
         wandb.init(**names, resume="allow", sync_tensorboard=True, config=config, allow_val_change=True)
-    writer = SummaryWriter(str(run_dir), purge_step=global_step + 1)  # what is computed again is not logged twice
-    rows = ["|param|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in config.items())]
-    writer.add_text("hyperparameters", "\n".join(rows))
+    writer = SummaryWriter(str(run_dir), purge_step=global_step + 1, write_to_disk=jax.process_index() == 0)
+    writer.add_text("hyperparameters", "\n".join(f"    {name} = {value}" for name, value in config.items()))
     return writer, lock
 
 
 def save_checkpoint(folder: Path, most: Optional[int], agent: Agent, state: dict) -> None:
     """Write folder/STEP atomically, and leave the newest `most`: whoever reads, whenever, finds a whole checkpoint."""
     options = ocp.CheckpointManagerOptions(max_to_keep=most, enable_async_checkpointing=False)
-    arrays = jax.tree.map(lambda x: x if x.size else None, {"agent": agent})  # orbax refuses empty ones
+    arrays = jax.tree.map(lambda x: x if x.size else None, agent)  # orbax refuses empty ones
     items = {"arrays": ocp.args.PyTreeSave(arrays), "state": ocp.args.JsonSave(state)}
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         manager.save(state["global_step"], args=ocp.args.Composite(**items))
 
 
-def load_checkpoint(path: str | Path, policy_class: type, shapes: Optional[dict] = None) -> dict:
+def load_checkpoint(path: str | Path, policy_class: type, shapes=None) -> dict:
     """The newest checkpoint of a run folder, or a kept one, runs/RUN/kept/STEP, with its run folder as `run_dir`.
 
-    Arrays come in where `shapes` wants them, on the devices that these name. Raises BadInput.
+    Those of its arrays that `shapes` names come as `agent`, on the devices it names. Raises BadInput.
     """
     folder = Path(path).absolute()
     try:
@@ -660,11 +630,10 @@ def load_checkpoint(path: str | Path, policy_class: type, shapes: Optional[dict]
         if state["policy_class"] != policy_class.__name__:
             raise BadInput(f"it is a run of {state['policy_class']}, and this script trains {policy_class.__name__}")
         if shapes:
-            wanted = jax.tree.map(lambda x: x if x.size else None, shapes)
-            args = ocp.checkpoint_utils.construct_restore_args(wanted)
-            args = ocp.args.PyTreeRestore(wanted, args, partial_restore=True)
+            tree = jax.tree.map(lambda x: x if x.size else None, shapes)
+            args = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True)
             arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(folder / "arrays", args=args)
-            state |= jax.tree.map(lambda x, y: y if x.size else jnp.zeros(x.shape, x.dtype), shapes, arrays)
+            state["agent"] = jax.tree.map(lambda x, y: y if x.size else jnp.zeros(x.shape, x.dtype), shapes, arrays)
     except Exception as error:  # orbax raises many kinds of errors for a folder that was cut short or is not its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadInput(f"{str(path)!r} holds no whole checkpoint that fits: {reason}") from error
@@ -672,24 +641,24 @@ def load_checkpoint(path: str | Path, policy_class: type, shapes: Optional[dict]
 
 
 def evaluate(checkpoint: str | Path, policy_class: type = FlowPolicy, **flags) -> list[float]:
-    """Play a trained policy with its statistics frozen; print and return the undiscounted returns of its episodes.
+    """Play a trained policy with its statistics frozen, all episodes at once; print and return undiscounted returns.
 
-    All are played at once. `flags` are fields of `Args` (`eval_episodes`, `temperature`, `seed`, `config_overrides`,
-    ...) that differ from the run's. The same seed gives the same returns. Raises BadInput for what cannot be played.
+    `flags` are fields of `Args` (`eval_episodes`, `temperature`, `seed`, `config_overrides`, ...) that differ from the
+    run's. The same seed gives the same returns. Raises BadInput for what cannot be played.
     """
     state = load_checkpoint(checkpoint, policy_class)
     args = Args(**{**state["args"], "capture_video": False, "evaluate": str(checkpoint), **flags})
     args.num_envs, args.random_initial_steps = args.eval_episodes, False
     envs = make_envs(args)
     agent = jax.jit(partial(make_agent, args, policy_class, envs))()
-    wanted = {"agent": {"params": agent.params, "obs_stats": agent.obs_stats}}
+    wanted = {"params": agent.params, "obs_stats": agent.obs_stats}
     agent = agent.replace(**load_checkpoint(checkpoint, policy_class, wanted)["agent"])
-    step = jax.jit(lambda state, key: envs.step(state, agent.act(flatten(state.obs), key, args.temperature)[-1]))
+    step = jax.jit(lambda state, key: envs.step(state, agent.act(as_dict(state.obs), key, args.temperature)[-1]))
     num_steps = -(-min(envs.episode_length, MAX_EVAL_STEPS) // envs.action_repeat)
-    returns, alive, seen, frames = np.zeros(args.num_envs), np.ones(args.num_envs, bool), [], []
-    env_state = agent.env_state
+    env_state, seen, frames = agent.env_state, [], []
+    returns, alive = np.zeros(args.num_envs), np.ones(args.num_envs, bool)
     for key in tqdm(jax.random.split(agent.key, num_steps), **BAR):
-        seen.append(np.asarray(parts(env_state.obs)[0])[alive])
+        seen.append(np.asarray(as_dict(env_state.obs)["state"])[alive])
         if args.capture_video:
             names = "qpos", "qvel", "mocap_pos", "mocap_quat", "xfrc_applied"  # what Playground draws from
             frames.append((alive, {name: np.asarray(getattr(env_state.data, name)) for name in names}))
@@ -718,12 +687,11 @@ def film(envs, frames: list, prefix: str) -> None:
         from moviepy import ImageSequenceClip
 
         Path(prefix).parent.mkdir(exist_ok=True)
-        every = max(1, round(1 / (30 * envs.dt * envs.action_repeat)))  # about 30 images per second
         for i in range(len(frames[0][0])):
-            shown = [{name: x[i] for name, x in frame.items()} for alive, frame in frames[::every] if alive[i]]
+            shown = [{name: x[i] for name, x in frame.items()} for alive, frame in frames if alive[i]]
             shown = [SimpleNamespace(data=SimpleNamespace(**frame)) for frame in shown]
             images = envs.render(shown, camera=0 if envs.mj_model.ncam else None)
-            clip = ImageSequenceClip(images, fps=1 / (envs.dt * envs.action_repeat * every))
+            clip = ImageSequenceClip(images, fps=1 / (envs.dt * envs.action_repeat))
             clip.write_videofile(f"{prefix}-episode-{i}.mp4", logger=None)
     except Exception as error:  # the training before it shall not have been in vain
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -731,29 +699,25 @@ def film(envs, frames: list, prefix: str) -> None:
 
 
 def to_onnx(agent: Agent, path: str, obs: np.ndarray, env_id: str, envs) -> None:
-    """Write the deterministic policy as ONNX, float32: raw `obs` (B, obs_dim) to `continuous_actions` (B, D) in the box.
-
-    Playground's own controllers use these names. Raises AssertionError where the file would act otherwise on a robot.
+    """Write the deterministic policy as ONNX, float32: raw `obs` (B, size) to `continuous_actions` (B, D), the names of
+    Playground's controllers. Raises AssertionError where the file acts otherwise: it must not reach a robot.
     """
     import jax2onnx
     import onnx
     import onnxruntime
 
+    deployed = jax.jit(lambda obs: agent.act({"state": obs}, None, 0.0)[-1])
     names, shapes = {"input_names": ["obs"], "output_names": ["continuous_actions"]}, [("batch", obs.shape[1])]
-    model = jax2onnx.to_onnx(lambda obs: agent.act(obs, None, 0.0)[-1], inputs=shapes, opset=18, **names)
+    model = jax2onnx.to_onnx(deployed, inputs=shapes, opset=18, **names)
     model.ir_version = 9  # with opset 18 it is what robots' runtimes read, back to onnxruntime 1.16
-    task = envs.unwrapped
-    about = {
-        "env_id": env_id,
-        "ctrl_dt": task.dt * envs.action_repeat,
-        "action_scale": task._config.get("action_scale"),
-    }
-    about["default_pose"] = getattr(task, "_default_pose", None)  # of the joints, which scaled actions are added to
+    env = envs.unwrapped
+    scale, pose = env._config.get("action_scale"), getattr(env, "_default_pose", None)  # scaled actions move the pose
+    about = {"env_id": env_id, "ctrl_dt": env.dt * envs.action_repeat, "action_scale": scale, "default_pose": pose}
     about = {name: x if isinstance(x, str) else json.dumps(np.asarray(x).tolist()) for name, x in about.items()}
     onnx.helper.set_model_props(model, {name: x for name, x in about.items() if x != "null"})
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     with jax.default_matmul_precision("highest"):  # a GPU's default rounds float32 to ten bits
-        np.testing.assert_allclose(session.run(None, {"obs": obs})[0], agent.act(obs, None, 0.0)[-1], atol=1e-4)
+        np.testing.assert_allclose(session.run(None, {"obs": obs})[0], deployed(obs), atol=1e-4)
     onnx.save(model, path)
     print(f"Wrote {path}; it acts as the JAX policy on {len(obs)} observations.")
 
@@ -771,7 +735,7 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
             evaluate(args.evaluate, policy_class, **dataclasses.asdict(args))
         else:
             run_dir = train(args, policy_class)["run_dir"]
-            if args.capture_video and jax.process_index() == 0:
+            if args.capture_video and not args.distributed:
                 evaluate(run_dir, policy_class, capture_video=True, eval_episodes=1)
             print(f"Play it: python {sys.argv[0]} --evaluate {shlex.quote(run_dir)} [--export-onnx policy.onnx]")
     except (BadInput, FloatingPointError, OSError) as error:

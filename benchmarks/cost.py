@@ -5,8 +5,8 @@ Needs:   pip install -r requirements.txt
 
 Everything is measured on freshly initialized networks at the script's default sizes: what they have learned does not
 change what they cost. (On g1 the paper's Gaussian is [96, 96, 64] and has more parameters than the flow; here it is the
-twin with its [64, 64].) A decision is what a robot runs (`DeployedPolicy` at temperature 0): a raw observation in, an
-action clipped to its limits out, both numpy arrays with a batch of 1. The critic, which no decision needs, is called in
+twin with its [64, 64].) A decision is what a robot runs (the script's `Agent` at temperature 0): a raw observation in,
+an action within its limits out, both numpy arrays with a batch of 1. The critic, which no decision needs, is called in
 the same way. Called back to back, a decision finds its weights in the processor's caches; the rows `every 20 ms` call
 it at a robot's rate instead. The training row is the policy's share of training: `sample` and then `log_prob` with its
 gradient, on a batch as large as the paper's number of environments. Simulator, critic and optimizer are not in it, so
@@ -18,6 +18,7 @@ beside them are medians too.
 """
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import io
@@ -28,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -42,17 +44,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.baselines.ppo_continuous_action import GaussianPolicy  # noqa: E402
 from benchmarks.baselines.ppo_mixture import MixturePolicy  # noqa: E402
-from nfpo_continuous_action import (  # noqa: E402
-    Args,
-    Critic,
-    DeployedPolicy,
-    FlowPolicy,
-    RunningMeanStd,
-    compile_ahead,
-    make_env,
-    make_policy,
-    to_onnx,
-)
+from nfpo_continuous_action import Agent, Args, FlowPolicy, compile_functions, make_envs  # noqa: E402
 
 POLICIES = {"nfpo": FlowPolicy, "ppo": GaussianPolicy, "ppo_mixture": MixturePolicy}
 BASELINE = "ppo"  # what ratios are taken to
@@ -99,84 +91,117 @@ def make_task(env_id: str) -> Task:
     """A Gymnasium environment's sizes, or those of Unitree RL Gym's g1: 47 observations, 12 actions."""
     if env_id == "g1":
         return Task(env_id, 47, -np.ones(12), np.ones(12))
-    env = make_env(env_id)()
-    env.close()
-    return Task(env_id, env.observation_space.shape[0], env.action_space.low, env.action_space.high)
+    envs = make_envs(Args(env_id=env_id), 1, seed=1)
+    return Task(env_id, envs.obs.shape[1], envs.low, envs.high)
 
 
-def deployable(task: Task) -> dict[str, nn.Module]:
-    """Each policy as a robot runs it, and the critic: modules from observations (B, obs_dim)."""
+def agents(task: Task) -> dict[str, Agent]:
+    """Each contender with policy and critic, fresh; what a robot runs of it is the agent's `forward`."""
     torch.manual_seed(1)
-    policies = {name: make_policy(kind, task.obs_dim, task.action_dim, Args()) for name, kind in POLICIES.items()}
-    stats = RunningMeanStd((task.obs_dim,))
-    deployed = {name: DeployedPolicy(policy, stats, task.low, task.high) for name, policy in policies.items()}
-    return {name: module.eval() for name, module in {**deployed, "critic": Critic(task.obs_dim)}.items()}
+    sizes = {"obs": torch.zeros(1, task.obs_dim), "low": task.low, "high": task.high}
+    envs = SimpleNamespace(policy_obs=..., critic_obs=..., **sizes)
+    return {name: Agent(Args(), kind, envs).eval() for name, kind in POLICIES.items()}
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Trained numbers; a deployed policy's statistics and limits are buffers and not among them."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Trained numbers."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def num_bytes(module: nn.Module) -> int:
-    """Memory of parameters and buffers, a deployed policy's observation statistics (float64) and limits included."""
+    """Memory of parameters and buffers."""
     return sum(tensor.nbytes for tensor in itertools.chain(module.parameters(), module.buffers()))
 
 
-def num_flops(module: nn.Module, obs_dim: int) -> int:
+def num_flops(function: Callable, obs_dim: int) -> int:
     """Floating-point operations of one decision's matrix products, 2 for each multiply-add, as PyTorch counts them.
 
     It counts what eager PyTorch runs. Biases, tanh, exp and other elementwise operations are not counted.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(torch.zeros(1, obs_dim))
+        function(torch.zeros(1, obs_dim))
     return counter.get_total_flops()
 
 
-def decision(module: nn.Module, runtime: str, obs_dim: int, folder: str) -> Callable[[], np.ndarray]:
-    """A function that takes one decision: a raw observation (1, obs_dim) to an action (1, action_dim), float32."""
+def counts(agent: Agent, obs_dim: int) -> dict[str, tuple[int, int]]:
+    """{what: (of a deployed policy with its observation statistics and limits, of the critic alone)}."""
+    deployed = num_bytes(agent.policy) + agent.low.nbytes + agent.high.nbytes
+    deployed += agent.obs_stats.mean.nbytes + agent.obs_stats.var.nbytes
+    return {
+        "parameters": (num_parameters(agent.policy), num_parameters(agent.critic)),
+        "bytes": (deployed, num_bytes(agent.critic)),
+        "flops": (num_flops(agent, obs_dim), num_flops(agent.critic, obs_dim)),
+    }
+
+
+def compiled(agent: Agent, function: Callable, gradient: Callable, obs: torch.Tensor) -> tuple[Callable, Callable]:
+    """`function` (observations to observations and actions) and `gradient` (of these) compiled as the script does it,
+    both for batches like `obs`. Raises RuntimeError where no compiler works: eager mode under its name is no result."""
+    args = SimpleNamespace(num_envs=len(obs), num_steps=1, num_minibatches=1)  # a minibatch is as large as `obs`
+    with torch.no_grad():
+        function(obs)  # what fails here is not the compiler
+    both = compile_functions(agent, args, obs, function, lambda obs, actions, *others: gradient(obs, actions))
+    if both[0] is function:
+        raise RuntimeError("PyTorch's compiler does not work here; --runtimes eager onnx leaves it out")
+    others = torch.zeros(4, len(obs)).unbind()
+    return both[0], lambda obs, actions: both[1](obs, actions, *others)
+
+
+def decision(agent: Agent, module: nn.Module, runtime: str, obs_dim: int, folder: str) -> Callable[[], np.ndarray]:
+    """A function that takes one decision with `module`, the agent or its critic: an observation (1, obs_dim), raw for
+    the agent, to an action (1, action_dim), float32."""
     obs = np.random.default_rng(1).standard_normal((8, obs_dim)).astype(np.float32)
     one = obs[:1]
     if runtime == "onnx":
-        path = str(Path(folder, "policy.onnx"))
-        with contextlib.redirect_stdout(io.StringIO()):  # it says where a file is that nobody will see
-            to_onnx(module, path, obs)
+        path, module = str(Path(folder, "policy.onnx")), copy.deepcopy(module).float()
+        shapes = ({0: torch.export.Dim("batch")},)
+        with contextlib.redirect_stdout(io.StringIO()):  # as `evaluate` exports it, but it says where nobody will look
+            program = torch.onnx.export(
+                module,
+                (torch.from_numpy(obs),),
+                input_names=["obs"],
+                dynamic_shapes=shapes,
+                opset_version=18,
+                dynamo=True,
+            )
+        program.save(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return lambda: session.run(None, {"obs": one})[0]
 
-    def act(obs: torch.Tensor) -> tuple[torch.Tensor]:
-        return (module(obs),)
+    def act(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return obs.clone(), module(obs)
 
     if runtime == "compiled":
-        with torch.no_grad():
-            act = compile_ahead(act, (module,), (torch.from_numpy(one),))
+        act, _ = compiled(agent, act, lambda obs, actions: (actions.sum(),), torch.from_numpy(one))
 
     def decide() -> np.ndarray:
         with torch.no_grad():
-            return act(torch.from_numpy(one))[0].numpy()
+            return act(torch.from_numpy(one))[1].numpy()
 
     return decide
 
 
-def train_step(policy: nn.Module, runtime: str, obs: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """A function that samples actions for `obs` (B, obs_dim) and takes the gradient of their mean log-probability."""
+def train_step(agent: Agent, runtime: str, obs: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """A function that samples actions for `obs` (B, obs_dim), normalized ones, and takes the gradient of their mean
+    log-probability."""
+    policy = agent.policy
+
+    def sample(obs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return obs.clone(), *policy.sample(obs)
 
     def gradient(obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(policy.log_prob(obs, action).mean(), list(policy.parameters()))
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        return torch.autograd.grad(policy.log_prob(obs, action).mean(), trained)
 
-    sample = policy.sample
     # Two functions, as in training: in one, the compiler would share the features of `obs` between the two.
     if runtime == "compiled":
-        with torch.no_grad():
-            sample = compile_ahead(sample, (policy,), (obs,))
-            action, _ = sample(obs)
-        gradient = compile_ahead(gradient, (policy,), (obs, action))
+        sample, gradient = compiled(agent, sample, gradient, obs)
 
     def step() -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
-            action, _ = sample(obs)
+            action = sample(obs)[1]
         return gradient(obs, action)
 
     return step
@@ -210,21 +235,22 @@ def a_round(times: dict[Hashable, np.ndarray], share: float = 0.5) -> dict[Hasha
 
 def measure(task: Task, args: CostArgs) -> dict[tuple[str, str], list[float]]:
     """{(what is measured, contender): its values, one for each round}; what needs no rounds has one value."""
-    modules = deployable(task)
-    obs = torch.randn(args.batch, task.obs_dim)
-    found = {("parameters", name): [num_parameters(module)] for name, module in modules.items()}
-    found |= {("bytes", name): [num_bytes(module)] for name, module in modules.items()}
-    found |= {("flops", name): [num_flops(module, task.obs_dim)] for name, module in modules.items()}
+    contenders, obs, found = agents(task), torch.randn(args.batch, task.obs_dim), {}
+    modules = {name: (agent, agent) for name, agent in contenders.items()}
+    modules["critic"] = contenders[BASELINE], contenders[BASELINE].critic
+    for name, agent in contenders.items():
+        for what, (of_policy, of_critic) in counts(agent, task.obs_dim).items():
+            found[what, name], found[what, "critic"] = [of_policy], [of_critic]
     with tempfile.TemporaryDirectory() as folder:
         decisions = {
-            (runtime, name): decision(module, runtime, task.obs_dim, folder)
+            (runtime, name): decision(agent, module, runtime, task.obs_dim, folder)
             for runtime in args.runtimes
-            for name, module in modules.items()
+            for name, (agent, module) in modules.items()
         }
     steps = {
-        (f"training, {runtime} (µs)", name): train_step(modules[name].policy, runtime, obs)
+        (f"training, {runtime} (µs)", name): train_step(agent, runtime, obs)
         for runtime in args.runtimes
-        for name in POLICIES
+        for name, agent in contenders.items()
         if runtime != "onnx"
     }
     for (runtime, name), values in a_round(in_turn(decisions, args.rounds, args.calls)).items():

@@ -8,15 +8,18 @@ Plays each run's policy 1000 times from the start, at temperature 1 and with its
 `benchmarks/results/gridworld.csv`, one row for each run given, prints it as a table and draws, for each board, every
 contender's run of median entropy into `benchmarks/figures/figure_6_*.png`. The entropy is that of the distribution over
 the goals reached, in bits; `untrained_bits` is the same before training, from the seed's initial weights. The modes are
-those of the exact action density at the start, of actions as sampled: the environment clips them to the Box.
+those of the exact action density at the start, of actions as sampled: the script rescales [-1, 1] to the Box and clips
+to it. `results/gridworld.csv` as committed was made at commit 4078e50, where actions were clipped and not rescaled.
 """
 
 import csv
 import dataclasses
 import math
+import os
 import sys
 from pathlib import Path
-from typing import NamedTuple, Optional
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import gymnasium as gym
 import matplotlib
@@ -34,31 +37,18 @@ from benchmarks.baselines.ppo_continuous_action import GaussianPolicy  # noqa: E
 from benchmarks.baselines.ppo_mixture import MixturePolicy  # noqa: E402
 from benchmarks.envs.gridworld import REACH, START, GridWorld  # noqa: E402
 from benchmarks.run import GRIDWORLD, JUMPWORLD  # noqa: E402
-from nfpo_continuous_action import (  # noqa: E402
-    Args,
-    BadInput,
-    DeployedPolicy,
-    FlowPolicy,
-    RunningMeanStd,
-    load_checkpoint,
-    make_policy,
-    normalize_obs,
-)
+from nfpo_continuous_action import Agent, BadInput, FlowPolicy, load_checkpoint  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
 BOARDS = {GRIDWORLD: "GridWorld", JUMPWORLD: "JumpWorld"}
-CONTENDERS = {
-    "FlowPolicy": ("NFPO", FlowPolicy),
-    "GaussianPolicy": ("PPO", GaussianPolicy),
-    "MixturePolicy": ("PPO-mixture", MixturePolicy),
-}
+CONTENDERS = {"NFPO": FlowPolicy, "PPO": GaussianPolicy, "PPO-mixture": MixturePolicy}
 GOAL_COLORS = ("tab:blue", "tab:orange", "tab:purple", "tab:red")
 
 
 @dataclasses.dataclass
 class MultimodalityArgs:
     run_dirs: tyro.conf.Positional[tuple[Path, ...]]
-    """folders of finished runs on these boards"""
+    """folders of finished runs on these boards: the grid's, or the script's"""
     episodes: int = 1000
     """episodes played with each policy"""
     seed: int = 1
@@ -75,9 +65,8 @@ class Run(NamedTuple):
     env_id: str
     contender: str
     seed: int
-    deployed: DeployedPolicy
-    obs_stats: RunningMeanStd
-    untrained: DeployedPolicy
+    agent: Agent
+    untrained: Agent
     env: GridWorld  # without time limit
 
 
@@ -89,40 +78,42 @@ class Episodes(NamedTuple):
     lengths: np.ndarray  # (N,), steps
 
 
-def load_run(run_dir: Path) -> Run:
-    """The policy of a run folder. Raises `BadInput` for one of another environment or policy, or one not finished."""
-    state = load_checkpoint(run_dir, flag="RUN_DIRS")
-    args = Args(**state["args"])
+def make_agent(env: gym.Env, policy_class: type, args) -> Agent:
+    """An agent for an environment, as the script makes it."""
+    low, high = env.action_space.low, env.action_space.high
+    obs = torch.zeros(1, *env.observation_space.shape)
+    return Agent(args, policy_class, SimpleNamespace(policy_obs=..., critic_obs=..., obs=obs, low=low, high=high))
+
+
+def load_run(folder: Path) -> Run:
+    """The policy of a run. Raises `BadInput` for one of another environment or policy, or one not finished."""
+    checkpoint = max(folder.rglob("checkpoint.pt"), default=folder, key=os.path.getmtime)
+    state = load_checkpoint(checkpoint)
+    args = state["args"]
     if args.env_id not in BOARDS:
-        raise BadInput(f"RUN_DIRS has {run_dir}, a run of {args.env_id}; allowed are runs of {', '.join(BOARDS)}")
-    if state["policy_class"] not in CONTENDERS:
-        raise BadInput(f"RUN_DIRS has {run_dir}, a run of {state['policy_class']}; allowed are {', '.join(CONTENDERS)}")
-    if state["iteration"] < args.num_iterations():
-        raise BadInput(f"RUN_DIRS has {run_dir}, stopped at step {state['global_step']}; allowed are finished runs")
-    contender, policy_class = CONTENDERS[state["policy_class"]]
+        raise BadInput(f"RUN_DIRS has {folder}, a run of {args.env_id}; allowed are runs of {', '.join(BOARDS)}")
+    if state["global_step"] + args.num_envs * args.num_steps <= args.total_timesteps:
+        raise BadInput(f"RUN_DIRS has {folder}, stopped at step {state['global_step']}; allowed are finished runs")
     env = gym.make(args.env_id).unwrapped
-    obs_stats = RunningMeanStd()
-    obs_stats.load_state_dict(state["processes"][0]["collector"]["obs_stats"])
-
-    def deploy(weights: Optional[dict]) -> DeployedPolicy:
-        torch.manual_seed(args.seed)  # as the script does before it makes the policy
-        policy = make_policy(policy_class, env.observation_space.shape[0], env.action_space.shape[0], args)
-        if weights is not None:
-            policy.load_state_dict(weights)
-        return DeployedPolicy(policy, obs_stats, env.action_space.low, env.action_space.high).eval()
-
-    return Run(args.env_id, contender, args.seed, deploy(state["policy"]), obs_stats, deploy(None), env)
+    for contender, policy_class in CONTENDERS.items():
+        torch.manual_seed(args.seed)  # as the script does before it makes the agent
+        untrained, agent = (make_agent(env, policy_class, args) for _ in range(2))
+        if agent.state_dict().keys() == state["agent"].keys():
+            load_checkpoint(checkpoint, agent)
+            untrained.obs_stats = agent.obs_stats
+            return Run(args.env_id, contender, args.seed, agent, untrained, env)
+    raise BadInput(f"RUN_DIRS has {folder}, a run of another policy; allowed are {', '.join(CONTENDERS)}")
 
 
 @torch.no_grad()
-def play(env_id: str, deployed: DeployedPolicy, episodes: int) -> Episodes:
+def play(env_id: str, agent: Agent, episodes: int) -> Episodes:
     """Play episodes side by side at temperature 1: one environment each, one batch of actions a step."""
     envs = [gym.make(env_id, disable_env_checker=True) for _ in range(episodes)]
     obs = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs)])  # (N, 2)
     goals, lengths = np.full(episodes, -1), np.zeros(episodes, dtype=np.int64)
     positions, playing = [obs.copy()], np.ones(episodes, dtype=bool)
     while playing.any():
-        actions = deployed.act(torch.from_numpy(obs), temperature=1.0).numpy()
+        actions = agent.act(torch.from_numpy(obs))[-1].numpy()
         positions.append(np.full_like(obs, np.nan))
         for i in playing.nonzero()[0]:
             obs[i], _, terminated, truncated, info = envs[i].step(actions[i])
@@ -146,19 +137,20 @@ def entropy_bits(goals: np.ndarray) -> float:
 
 @torch.no_grad()
 def start_density(run: Run, limit: float, points: int = 601) -> tuple[np.ndarray, np.ndarray]:
-    """Exact density of unclipped actions at the start. -> grid along both axes (P,), density (P, P) in rows of dy."""
+    """Exact density at the start of actions before they meet the Box, which is [-1, 1] here. -> grid along both axes
+    (P,), density (P, P) in rows of dy."""
     axis = np.linspace(-limit, limit, points)
     dx, dy = np.meshgrid(axis, axis)
     actions = torch.from_numpy(np.stack([dx.ravel(), dy.ravel()], axis=-1)).float()  # (P * P, 2)
-    obs = torch.from_numpy(normalize_obs(run.obs_stats, START)).expand(len(actions), -1)
-    return axis, run.deployed.policy.log_prob(obs, actions).exp().numpy().reshape(points, points).astype(np.float64)
+    obs = run.agent.normalize(torch.from_numpy(START)).expand(len(actions), -1)
+    return axis, run.agent.policy.log_prob(obs, actions).exp().numpy().reshape(points, points).astype(np.float64)
 
 
 @torch.no_grad()
 def action_limit(run: Run, share: float = 0.999, samples: int = 10_000) -> float:
     """The size that a `share` of the components of actions sampled at the start does not exceed, and a tenth more."""
-    obs = torch.from_numpy(normalize_obs(run.obs_stats, START)).expand(samples, -1)
-    return 1.1 * float(run.deployed.policy.sample(obs)[0].abs().quantile(share))
+    obs = run.agent.normalize(torch.from_numpy(START)).expand(samples, -1)
+    return 1.1 * float(run.agent.policy.sample(obs)[0].abs().quantile(share))
 
 
 def find_modes(density: np.ndarray, height: float = 0.1, dip: float = 0.5) -> np.ndarray:
@@ -215,7 +207,7 @@ def draw_actions(axes: plt.Axes, run: Run, samples: int = 12) -> None:
     is_green = (np.abs(centers[:, None] - env.goals) <= REACH).all(-1).any(-1)
     centers = (START[None] if env.has_pits else centers[~is_green]).astype(np.float32)  # (cells, 2)
     positions = centers.repeat(samples, axis=0)  # (cells * samples, 2)
-    actions = run.deployed.act(torch.from_numpy(positions), temperature=1.0).numpy()
+    actions = run.agent.act(torch.from_numpy(positions))[-1].numpy()
     at_start = (positions == START).all(-1)
     draw_board(axes, env)
     length = 1.0 if env.has_pits else 0.45  # where they lead, or as many as find room
@@ -259,21 +251,17 @@ def draw_density(axes: plt.Axes, run: Run, limit: float):
     modes = find_modes(density)
     scale = matplotlib.colors.LogNorm(1e-3, 1, clip=True)
     image = axes.pcolormesh(axis, axis, density / density.max(), cmap="magma", norm=scale, rasterized=True)
-    corner, side = (-run.env.limit,) * 2, 2 * run.env.limit
-    axes.add_patch(
-        plt.Rectangle(corner, side, side, fill=False, edgecolor="white", linestyle="--", label="Box of actions")
-    )
+    axes.add_patch(plt.Rectangle((-1, -1), 2, 2, fill=False, edgecolor="white", linestyle="--", label="Box of actions"))
     axes.plot(axis[modes[:, 1]], axis[modes[:, 0]], "c+", markersize=9, label="mode")
     axes.legend(fontsize=7, loc="upper right", facecolor="0.3", labelcolor="white")
-    axes.set(xlabel="action dx", ylabel="action dy", aspect="equal")
+    axes.set(xlabel="action dx / Box", ylabel="action dy / Box", aspect="equal")
     axes.set_title("action density at the start", fontsize=10)
     return image
 
 
 def draw(runs: list[tuple[Run, Episodes]], path: Path) -> None:
     """A column for each run; rows: actions, trajectories, density at the start."""
-    box = runs[0][0].env.limit
-    limit = max(1.1 * box, *(action_limit(run, share=0.95) for run, _ in runs))  # the rest is far outside the Box
+    limit = max(1.1, *(action_limit(run, share=0.95) for run, _ in runs))  # the rest is far outside the Box
     figure, axes = plt.subplots(3, len(runs), figsize=(0.6 + 3.7 * len(runs), 11), layout="constrained", squeeze=False)
     for column, (run, episodes) in zip(axes.T, runs):
         draw_actions(column[0], run)
@@ -300,7 +288,7 @@ def main() -> None:
     rows, played = [], {}
     for run in tqdm(runs, unit="run", disable=not sys.stderr.isatty()):
         torch.manual_seed(args.seed)
-        episodes = play(run.env_id, run.deployed, args.episodes)
+        episodes = play(run.env_id, run.agent, args.episodes)
         rows.append(summary(run, episodes, play(run.env_id, run.untrained, args.episodes)))
         played.setdefault(run.env_id, {}).setdefault(run.contender, []).append((run, episodes))
     args.csv.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""The report: from the grid's runs to the committed CSV files, the figures and the tables of the README files.
+"""The report: from the grid's runs to the committed CSV files, the figures and the tables of the pages.
 
 Run:     python benchmarks/report.py                # after benchmarks/run.py, at any time, finished or not
 Needs:   pip install -r requirements.txt -r requirements/benchmarks.txt
 
-First, what has ended in the runs folder goes into `results/`: one row a run in `runs.csv`, and curves in 50 bins a run
-in `curves/<environment>.csv`. Then figures and tables are made from `results/` alone, so that a fresh clone, which has
+First, what has ended in the runs folder goes into `results/`: one row per run in `runs.csv`, and 50 bins per run in
+`curves/<environment>.csv`. Then figures and tables are made from `results/` alone, so that a fresh clone, which has
 no runs, gives the same ones. Statistics are those of Agarwal et al. (2021), by their library rliable: interquartile
 mean (IQM) over seeds, 95 % intervals by stratified bootstrap, performance profiles, probability of improvement.
 """
@@ -12,7 +12,6 @@ mean (IQM) over seeds, 95 % intervals by stratified bootstrap, performance profi
 import copy
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,34 +23,31 @@ import pandas as pd
 import tyro
 from rliable import library, metrics, plot_utils
 from scipy.stats import trim_mean
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.run import ABLATION, GRID, MUJOCO, ROOT, Run, identify, is_finished  # noqa: E402
+from benchmarks.run import (  # noqa: E402
+    ABLATION,
+    DEPLOYED,
+    GRID,
+    KEY,
+    MUJOCO,
+    ROOT,
+    SCALARS,
+    TRAINING,
+    Run,
+    collect,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-BINS = 50
-KEY = list(Run._fields)
-SCALARS = {
-    "episodic_return": "charts/episodic_return",
-    "episodic_length": "charts/episodic_length",
-    "approx_kl": "losses/approx_kl",
-    "clipfrac": "losses/clipfrac",
-    "value_loss": "losses/value_loss",
-    "explained_variance": "losses/explained_variance",
-    "entropy": "losses/entropy",
-    "log_det": "flow/log_det",
-    "scale_abs_mean": "flow/scale_abs_mean",
-    "scale_saturation": "flow/scale_saturation",
-}
+GRID = [experiment for experiment in GRID if experiment.edition == 1]  # the tables and figures are of this one
 STEPS_1M, STEPS_ABLATION = 1_000_000, 500_000
 AGREES = "agrees: no difference seen"
 BANDS = "IQM over seeds, 95 % interval\n(below 5 seeds: all of them)"
 PUBLISHED = ROOT / "benchmarks" / "results" / "published.csv"
-TRAINING, DEPLOYED, LOG_DET = "last_100_episodes", "evaluation", "last_log_det"
+LOG_DET = "last_log_det"
 # rliable's own bootstrap draws 50,000 times; its interval's second digit settles long before.
 RESAMPLES = 2000
 
@@ -66,67 +62,8 @@ class ReportArgs:
     """folder of the figures"""
     readme: Path = ROOT / "benchmarks" / "README.md"
     """file whose marked parts are written anew"""
-    front_page: Path = ROOT / "README.md"
+    docs: Path = ROOT / "docs" / "nfpo_continuous_action.md"
     """file whose marked table of results is written anew"""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From runs to CSV
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def read_run(run_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A finished run's row for `runs.csv`, and its curves: one row a bin, the means of what was logged within it."""
-    run, record = identify(run_dir), json.loads((run_dir / "run.json").read_text())
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    logged = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    width = run.total_timesteps / BINS
-    columns = {}
-    for name, tag in SCALARS.items():
-        if tag in logged:
-            points = pd.DataFrame(logged[tag], columns=["step", name])
-            columns[name] = points.groupby(np.ceil(points.step / width) * width)[name].mean()
-    curves = pd.DataFrame(columns).rename_axis("step").reset_index().astype({"step": int})
-    steps, speed = logged.get("charts/SPS", [(0, np.nan)])[-1]  # none where the first update broke
-    returns = [value for _, value in logged.get("charts/episodic_return", [])]
-    row = {
-        **run._asdict(),
-        "status": {0: "finished", 3: "broke"}[record["status"]],
-        "steps": steps,
-        TRAINING: np.mean(returns[-100:]) if returns else np.nan,
-        DEPLOYED: np.mean(record.get("evaluation", np.nan)),
-        "steps_per_second": speed,
-        **{name: record[name] for name in ("commit", "python", "torch", "gymnasium", "mujoco", "processor")},
-    }
-    return pd.DataFrame([row]), curves.assign(**run._asdict())[[*KEY, *curves.columns]]
-
-
-def replace_rows(path: Path, new: list[pd.DataFrame]) -> None:
-    """Add rows to a CSV file; those that it held under the same run go."""
-    new = pd.concat(new)
-    if path.exists():
-        old = pd.read_csv(path)
-        same = old.set_index(KEY).index.isin(new.set_index(KEY).index)
-        new = pd.concat([old[~same], new])
-    by = [*KEY, "step"] if "step" in new else KEY
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new.sort_values(by).to_csv(path, index=False, float_format="%.5g", lineterminator="\n")
-
-
-def curve_file(results: Path, env_id: str) -> Path:
-    return results / "curves" / f"{env_id.split(':')[-1]}.csv"
-
-
-def collect(runs_dir: Path, results: Path) -> int:
-    """Bring every ended run of the grid into `results`. Returns how many there were."""
-    runs = [(identify(f), f) for f in runs_dir.glob("*__*__*__*") if is_finished(f)] if runs_dir.is_dir() else []
-    found = {run: folder for run, folder in sorted(runs, key=lambda pair: pair[1].name.rsplit("__", 1)[1])}
-    read = {run: read_run(folder) for run, folder in found.items()}
-    if read:
-        replace_rows(results / "runs.csv", [row for row, _ in read.values()])
-    for env_id in {run.env_id for run in read}:
-        replace_rows(curve_file(results, env_id), [curves for run, (_, curves) in read.items() if run.env_id == env_id])
-    return len(read)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -525,7 +462,7 @@ def table_s1(results: Results) -> str:
     return "\n".join([*parts, markdown(["", *MUJOCO], rows)])
 
 
-def table_front_page(results: Results) -> str:
+def table_docs(results: Results) -> str:
     """What Figure S1 compares, without the variants that one seed screened, in training and as deployed."""
     variants = contenders(results, ("S1",))
     parts = ["Return over the last 100 episodes of training:", ""]
@@ -949,9 +886,10 @@ def write_readme(path: Path, parts: dict[str, str]) -> None:
 
 def main() -> None:
     args = tyro.cli(ReportArgs, description=__doc__.split("\n")[0])
-    count = collect(args.runs_dir, args.results)
+    ended = [path.parent for path in args.runs_dir.glob("*/run.json")]
+    collect(ended, args.results)
     results = Results(args.results)
-    print(f"{count} ended runs in {args.runs_dir}; {len(results.runs)} in {args.results / 'runs.csv'}")
+    print(f"{len(ended)} ended runs in {args.runs_dir}; {len(results.runs)} in {args.results / 'runs.csv'}")
     figure_s1(results, args.figures)
     figure_s1_aggregate(results, args.figures)
     figure_s1_updates(results, args.figures)
@@ -966,7 +904,7 @@ def main() -> None:
         pictures = [f"![{path}](figures/{path})\n" for path in PICTURES[name] if (args.figures / path).exists()]
         parts[name] = "\n".join([*pictures, text])
     write_readme(args.readme, parts)
-    write_readme(args.front_page, {"results": table_front_page(results)})
+    write_readme(args.docs, {"results": table_docs(results)})
     print(state(results))
 
 

@@ -16,10 +16,12 @@ import csv
 import dataclasses
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -30,6 +32,7 @@ from benchmarks.baselines.ppo_isaacgym import GaussianPolicy  # noqa: E402
 
 import torch  # noqa: E402
 import tyro  # noqa: E402
+from torch.nn.utils import parameters_to_vector, vector_to_parameters  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 CONTENDERS = {
@@ -38,7 +41,7 @@ CONTENDERS = {
     "PPO compiled": (GaussianPolicy, True),
     "NFPO compiled": (nfpo.FlowPolicy, True),
 }
-SIZES = {"obs_dim": 47, "critic_obs_dim": 50, "action_dim": 12}
+SIZES = {"obs_dim": 47, "privileged_dim": 50, "action_dim": 12}
 
 
 @dataclasses.dataclass
@@ -59,25 +62,15 @@ class SpeedArgs:
     """be this contender, in this process (used by the script itself)"""
 
 
-class NoEnvs:
-    """The sizes of an environment, for what asks for them."""
-
-    obs_dim, critic_obs_dim, action_dim = SIZES["obs_dim"], SIZES["critic_obs_dim"], SIZES["action_dim"]
-
-
-def random_rollout(policy, args: nfpo.Args, device: torch.device) -> nfpo.Rollout:
+def random_rollout(agent: nfpo.Agent, args: nfpo.Args, device: torch.device) -> tuple:
     """Random numbers in the shapes of a rollout, log-probabilities those of the policy."""
     shape = (args.num_steps, args.num_envs)
-    obs = torch.randn(*shape, SIZES["obs_dim"], device=device)
-    critic_obs = torch.randn(*shape, SIZES["critic_obs_dim"], device=device)
+    obs = torch.randn(*shape, SIZES["obs_dim"] + SIZES["privileged_dim"], device=device)
     with torch.no_grad():
-        actions, log_probs = policy.sample(obs.flatten(0, 1))
+        _, actions, log_probs = agent.act(obs)
     rewards, values, next_values = torch.randn(3, *shape, device=device)
     done = torch.rand(shape, device=device) < 0.001
-    actions, log_probs = actions.view(*shape, -1), log_probs.view(shape)
-    return nfpo.Rollout(
-        obs, critic_obs, actions, log_probs, rewards, values, next_values, done, done, torch.zeros_like(done)
-    )
+    return obs, actions, log_probs, rewards, values, next_values, done, done, torch.zeros_like(done)
 
 
 def work(args: SpeedArgs) -> dict:
@@ -89,10 +82,14 @@ def work(args: SpeedArgs) -> dict:
     settings = nfpo.Args(num_envs=args.num_envs, compile=compiled, device=args.device)
     if policy_class is GaussianPolicy:
         settings.ent_coef = 1e-3
-    policy = nfpo.make_policy(policy_class, SIZES["obs_dim"], SIZES["action_dim"], settings).to(device)
-    critic = nfpo.Critic(SIZES["critic_obs_dim"], settings.critic_hidden_dims).to(device)
-    parameters = nfpo.flatten_parameters(nfpo.parameters_of(policy, critic))
+    agent = nfpo.Agent(settings, policy_class, **SIZES).to(device)
+    parameters = torch.nn.Parameter(parameters_to_vector(agent.trained()).detach())
+    vector_to_parameters(parameters.data, agent.trained())
     optimizer = torch.optim.Adam([parameters], lr=1e-5, fused=True)
+    act, gradient_fn = agent.act, partial(nfpo.ppo_gradient, agent, settings)
+    is_compiled = compiled and shutil.which("g++") is not None
+    if is_compiled:
+        act, gradient_fn = torch.compile(act), torch.compile(gradient_fn)
 
     def clock() -> float:
         if on_gpu:
@@ -100,28 +97,30 @@ def work(args: SpeedArgs) -> dict:
         return time.perf_counter()
 
     start = clock()
-    sample, loss_fn = nfpo.compile_functions(policy, critic, settings, NoEnvs, device)
+    rollout = random_rollout(agent, settings, device)
+    with torch.no_grad():
+        act(rollout[0][0])
+    nfpo.ppo_update(agent, optimizer, settings, rollout, gradient_fn)
     compilation = clock() - start
-    rollout = random_rollout(policy, settings, device)
-    nfpo.ppo_update(policy, critic, optimizer, rollout, settings, loss_fn)  # warm up
     learning, acting = [], []
     for _ in range(args.iterations):
         start = clock()
-        nfpo.ppo_update(policy, critic, optimizer, rollout, settings, loss_fn)
+        nfpo.ppo_update(agent, optimizer, settings, rollout, gradient_fn)
         learning.append(clock() - start)
         start = clock()
         with torch.no_grad():
-            for obs in rollout.obs:
-                sample(obs)
+            for obs in rollout[0]:
+                act(obs)
         acting.append(clock() - start)
+    compilation = max(0.0, compilation - learning[0]) if is_compiled else 0.0
     peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "learning_s": statistics.median(learning),
         "acting_s": statistics.median(acting),
         "compilation_s": compilation,
         "peak_memory_mib": peak / 2**20,
-        "parameters": sum(p.numel() for p in policy.parameters()),
-        "is_compiled": loss_fn is not nfpo.minibatch_loss,
+        "parameters": sum(p.numel() for p in agent.policy.parameters() if p.requires_grad),
+        "is_compiled": is_compiled,
     }
 
 

@@ -1,11 +1,13 @@
 """What several test files share: running the script, here or as a process of its own, and reading what it left."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +20,8 @@ import nfpo_continuous_action as nfpo
 ROOT = Path(nfpo.__file__).parent
 SCRIPT = ROOT / "nfpo_continuous_action.py"
 TWIN = ROOT / "benchmarks" / "baselines" / "ppo_continuous_action.py"
-# A few hundred steps a second are enough for every promise but learning.
-SMALL = "--no-compile --num-steps 64 --num-minibatches 2 --update-epochs 1 --total-timesteps 128".split()
+# Two iterations of two environments: every promise but learning needs no more.
+SMALL = "--no-compile --num-envs 2 --num-steps 32 --num-minibatches 2 --update-epochs 1 --total-timesteps 128".split()
 
 torch.set_num_threads(1)
 
@@ -33,8 +35,9 @@ class Ended(NamedTuple):
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's variables, one thread, and `variables`."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    """This process's variables, one thread, the tests' environments importable, and `variables`."""
+    paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, **paths, **variables}
 
 
 def start(*flags, cwd: Path, script: Path = SCRIPT, launcher: tuple = (), **variables: str) -> subprocess.Popen:
@@ -74,14 +77,11 @@ def run_folders(folder: Path) -> list[Path]:
     return sorted((folder / "runs").glob("*")) if (folder / "runs").exists() else []
 
 
-def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every scalar in all event files of a run, nothing purged: {name: sorted [(step, value)]}."""
-    points = {}
-    for file in sorted(run_dir.glob("events.out.tfevents.*")):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
-        for name in events.Tags()["scalars"]:
-            points.setdefault(name, []).extend((event.step, event.value) for event in events.Scalars(name))
-    return {name: sorted(values) for name, values in points.items()}
+def scalars(run_dir: Path, purge: bool = True) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar of a run as TensorBoard reads it, {name: [(step, value)]}; without `purge` also what it purges."""
+    sizes = {"scalars": 0}
+    events = EventAccumulator(str(run_dir), size_guidance=sizes, purge_orphaned_data=purge).Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def differences(a, b, where: str = "") -> list[str]:
@@ -126,6 +126,16 @@ def cli(tmp_path, monkeypatch, capsys) -> Cli:
     return Cli(tmp_path, monkeypatch, capsys)
 
 
+def assert_one_line(ended: Ended, *words) -> None:
+    """Status 2 and one line on stderr that holds all these words, progress bars and Gymnasium's warnings aside."""
+    noise = re.compile(r"^$|WARN|logger.deprecation|(step|episode)/s")
+    lines = [line for line in ended.err.splitlines() if not noise.search(line)]
+    assert ended.status == 2 and len(lines) == 1 and lines[0].startswith("error: "), ended
+    assert "Traceback" not in ended.err + ended.out
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+
+
 @pytest.fixture(scope="session")
 def gaussian() -> type:
     """The Gaussian twin's policy class."""
@@ -134,14 +144,23 @@ def gaussian() -> type:
     return GaussianPolicy
 
 
+SMALL_ARGS = {
+    "num_envs": 2,
+    "num_steps": 32,
+    "num_minibatches": 2,
+    "update_epochs": 1,
+    "total_timesteps": 128,
+    "compile": False,
+}
+
+
 @pytest.fixture(scope="session")
 def train_small(tmp_path_factory):
     """Train for two short iterations in a folder of its own; returns the run folder."""
 
     def train(env_id: str, policy_class: type = nfpo.FlowPolicy, **flags) -> Path:
-        small = {"num_steps": 64, "num_minibatches": 2, "update_epochs": 1, "total_timesteps": 128, "compile": False}
         folder = tmp_path_factory.mktemp("runs")
-        args = nfpo.Args(env_id=env_id, runs_dir=str(folder), **{**small, **flags})
+        args = nfpo.Args(env_id=env_id, runs_dir=str(folder), **{**SMALL_ARGS, **flags})
         return Path(nfpo.train(args, policy_class)["run_dir"])
 
     return train
@@ -153,15 +172,46 @@ def hopper_run(train_small) -> Path:
     return train_small("Hopper-v4")
 
 
+@pytest.fixture
+def hopper_copy(hopper_run, tmp_path) -> Path:
+    """The same run, to be changed."""
+    copy = tmp_path / "runs" / hopper_run.name
+    copy.mkdir(parents=True)
+    for file in hopper_run.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
 @pytest.fixture(scope="session")
 def gaussian_run(train_small, gaussian) -> Path:
     """A short run of the Gaussian twin on Hopper-v4. Read only."""
     return train_small("Hopper-v4", gaussian, exp_name="ppo_continuous_action")
 
 
+def make_agent(
+    obs_dim: int = 5,
+    action_dim: int = 3,
+    policy_class: type = nfpo.FlowPolicy,
+    seed: int = 0,
+    size: float = 0.0,
+    low: float = -1.0,
+    high: float = 1.0,
+    **args,
+) -> nfpo.Agent:
+    """An agent in one box without environments, `size` away from its initialization."""
+    torch.manual_seed(seed)
+    low, high = (np.full(action_dim, bound, np.float32) for bound in (low, high))
+    observed = {"policy_obs": slice(None), "critic_obs": slice(None), "obs": torch.zeros(1, obs_dim)}
+    agent = nfpo.Agent(nfpo.Args(**args), policy_class, SimpleNamespace(**observed, low=low, high=high))
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter += size * torch.randn_like(parameter)
+    return agent
+
+
 def noisy_obs(run_dir: Path, batch: int, seed: int = 0) -> np.ndarray:
     """Raw observations around those a run has seen, some of them far out, float32 (batch, obs_dim)."""
-    stats = nfpo.load_checkpoint(run_dir)["processes"][0]["collector"]["obs_stats"]
-    std = (stats["sum_squares"] / stats["count"]).sqrt().numpy()
-    noise = np.random.default_rng(seed).standard_normal((batch, len(std))) * 4
-    return (stats["mean"].numpy() + std * noise).astype(np.float32)
+    stats = nfpo.load_checkpoint(run_dir)["agent"]
+    noise = np.random.default_rng(seed).standard_normal((batch, len(stats["obs_stats.mean"]))) * 4
+    mean, var = (stats[f"obs_stats.{name}"].numpy() for name in ("mean", "var"))
+    return (mean + np.sqrt(var) * noise).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The script's own command line, after which each process writes down its networks. Started by test_distributed.py."""
+"""The script's own command line, after which each process writes down its agent. Started by test_distributed.py."""
 
 import os
 from pathlib import Path
@@ -7,29 +7,23 @@ import torch
 
 import nfpo_continuous_action as nfpo
 
-NETWORKS = []
 
+class WatchedAgent(nfpo.Agent):
+    """An agent that is remembered here, and its environments."""
 
-class WatchedPolicy(nfpo.FlowPolicy):
-    """A flow that is remembered here; as anyone's own policy, it is a class handed to `main`."""
+    made = []
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        NETWORKS.append(self)
-
-
-class WatchedCritic(nfpo.Critic):
-    """A critic that is remembered here."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        NETWORKS.append(self)
+    def __init__(self, args, policy_class, envs):
+        super().__init__(args, policy_class, envs)
+        self.made.append((self, envs))
 
 
 if __name__ == "__main__":
-    nfpo.Critic = WatchedCritic
+    nfpo.Agent = WatchedAgent
     try:
-        nfpo.main(WatchedPolicy)
+        nfpo.main()
     finally:
-        weights = [network.state_dict() for network in NETWORKS]
-        torch.save(weights, Path(os.environ["WEIGHTS"], f"rank{os.environ['RANK']}.pt"))
+        if WatchedAgent.made:
+            agent, envs = WatchedAgent.made[-1]
+            result = {"agent": agent.state_dict(), "obs": envs.obs}
+            torch.save(result, Path(os.environ["AGENTS"], f"rank{os.environ['RANK']}.pt"))

@@ -9,26 +9,30 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, Ended, wait_for
+from conftest import ROOT, Ended, make_agent, wait_for
 
 sys.path.insert(0, str(ROOT))
 
 pytest.importorskip("submitit", reason="pip install -r requirements/benchmarks.txt")
 pytest.importorskip("rliable", reason="pip install -r requirements/benchmarks.txt")
 
+import tiny_grid  # noqa: E402
+
 import benchmarks.report as report  # noqa: E402
 import benchmarks.run as runner  # noqa: E402
+import benchmarks.speed as speed  # noqa: E402
 
 GRID = [sys.executable, str(ROOT / "tests" / "tiny_grid.py")]
 
 
 def start_grid(folder, *flags) -> subprocess.Popen:
     """The tiny grid's runner in a process group of its own, ignoring SIGINT as whatever `nohup ... &` starts."""
-    flags = ["--runs-dir", folder / "runs", "--recorded", folder / "results" / "runs.csv", *flags]
+    flags = ["--runs-dir", folder / "runs", "--results", folder / "results", *flags]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [*GRID, *map(str, flags)],
@@ -59,8 +63,10 @@ def lets_go(lock, timeout: float = 30) -> bool:
     return False
 
 
-def folders(folder, variant: str) -> list:
-    return sorted((folder / "runs").glob(f"Hopper-v4__{variant}__1__*"))
+def run_folder(folder, variant: str, edition: int = 1) -> Path:
+    """The script's own folder of a run of the tiny grid."""
+    steps = {1: "512", 2: "6400__v2"}[edition]
+    return runner.newest(folder / "runs" / f"Hopper-v4__{variant}__1__{steps}")
 
 
 @pytest.fixture(scope="module")
@@ -71,68 +77,91 @@ def grid(tmp_path_factory):
 
 
 def test_grid_survives_a_failed_run(grid):
-    """A run with a bad flag is reported with its last line; the others finish, and broken numbers are a result."""
+    """A run with a bad flag is reported with its last lines; the others finish, and broken numbers are a result."""
     folder, ended = grid
     assert ended.status == 1, ended.err
-    assert "Hopper-v4 bad seed 1 (512 steps): FAILED\n    error: --gamma is 2.0, allowed is" in ended.out
+    assert re.search(r"Hopper-v4 bad seed 1 \(512 steps\): FAILED\n(    .*\n)*    .*gamma", ended.out), ended.out
     assert "Hopper-v4 NFPO seed 1 (512 steps): finished" in ended.out
     assert "Hopper-v4 PPO seed 1 (512 steps): finished" in ended.out
     assert "Hopper-v4 scale-none seed 1 (512 steps): stopped: its numbers broke" in ended.out
     assert "3 of 4 finished, 1 failed" in ended.out
+    assert not (folder / "results").exists()  # the first edition's table is the report's
 
 
-def test_grid_skips_what_is_finished(grid):
+@pytest.fixture
+def show(monkeypatch, capsys):
+    """What the tiny grid would run of Figures S1 and 2: the lines that it prints."""
+    monkeypatch.setattr(runner, "VARIANTS", tiny_grid.VARIANTS)
+    monkeypatch.setattr(runner, "GRID", tiny_grid.GRID)
+
+    def show(folder, *flags) -> list[str]:
+        places = ["--runs-dir", folder / "runs", "--results", folder / "results", "--experiments", "S1", "2"]
+        monkeypatch.setattr(sys, "argv", ["run.py", "--show", *map(str, places), *flags])
+        capsys.readouterr()
+        runner.main()
+        return capsys.readouterr().out.splitlines()
+
+    return show
+
+
+def test_grid_skips_what_is_finished(grid, show):
     """The second time only the failed run is missing, and --show runs nothing."""
     folder, _ = grid
-    before = sorted((folder / "runs").iterdir())
-    ended = end(start_grid(folder, "--experiments", "S1", "2", "--show"))
-    assert ended.status == 0
-    lines = ended.out.splitlines()
+    before = sorted((folder / "runs").rglob("*"))
+    lines = show(folder)
     assert lines[0] == "4 runs wanted, 3 finished before, 1 missing"
     assert len(lines) == 2 and lines[1].startswith("python nfpo_continuous_action.py ") and "--gamma 2" in lines[1]
     assert "--env-id Hopper-v4 --seed 1 --total-timesteps 512" in lines[1]
-    assert sorted((folder / "runs").iterdir()) == before
+    assert sorted((folder / "runs").rglob("*")) == before
 
 
-def test_grid_skips_what_is_recorded(grid, tmp_path):
-    """A fresh clone has no runs, but the committed table; --repeat ignores the table."""
+def test_grid_skips_what_is_recorded(tmp_path, show):
+    """A fresh clone has no runs, but the committed tables, one per edition; --repeat ignores them."""
     (tmp_path / "results").mkdir()
     row = {"env_id": "Hopper-v4", "variant": "NFPO", "seed": 1, "total_timesteps": 512}
+    pd.DataFrame([row]).to_csv(tmp_path / "results" / "runs_v2.csv", index=False)
+    assert show(tmp_path)[0] == "4 runs wanted, 0 finished before, 4 missing"
     pd.DataFrame([row]).to_csv(tmp_path / "results" / "runs.csv", index=False)
-    show = ["--experiments", "S1", "--show"]
-    assert "2 runs wanted, 1 finished before, 1 missing" in end(start_grid(tmp_path, *show)).out
-    assert "2 runs wanted, 0 finished before, 2 missing" in end(start_grid(tmp_path, *show, "--repeat")).out
+    assert show(tmp_path)[0] == "4 runs wanted, 1 finished before, 3 missing"
+    assert show(tmp_path, "--repeat")[0] == "4 runs wanted, 0 finished before, 4 missing"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_grid_goes_on(tmp_path, number):
-    """Runner and workers die in the middle of a run; the same command continues that run in its folder to its end."""
-    process = start_grid(tmp_path, "--experiments", "long")
-    wait_for(lambda: any(f.joinpath("checkpoint.pt").exists() for f in folders(tmp_path, "long")), process)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)  # the machine went down
-    else:
-        process.send_signal(number)  # the runner alone: it has to take its workers with it
-    interrupted = end(process)
-    (folder,) = folders(tmp_path, "long")
-    assert not (folder / "run.json").exists(), "the run was over before it was interrupted"
-    if number == signal.SIGTERM:
-        assert "Interrupted with 0 of 1 finished; the same command goes on." in interrupted.err
-        with next((tmp_path / "runs").glob(".*.lock")).open() as lock:
+def test_grid_goes_on(tmp_path):
+    """Runner and workers die in the middle of a run, then the runner alone; the same command continues that run in its
+    folder to its end, and adds it to its edition's files."""
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = start_grid(tmp_path, "--experiments", "long")
+        events = len(list((tmp_path / "runs").rglob("events.*")))
+        wait_for(lambda n=events: len(list((tmp_path / "runs").rglob("events.*"))) > n, process)
+        wait_for(lambda: run_folder(tmp_path, "NFPO", 2).joinpath("checkpoint.pt").exists(), process)
+        if number == signal.SIGKILL:
+            os.killpg(process.pid, number)  # the machine went down
+        else:
+            process.send_signal(number)  # the runner alone: it has to take its workers with it
+        interrupted = end(process)
+        folder = run_folder(tmp_path, "NFPO", 2)
+        assert not (folder.parent / "run.json").exists(), "the run was over before it was interrupted"
+        with (folder.parent / ".lock").open() as lock:
             assert lets_go(lock), "a worker has survived its runner"
-    size = sum(file.stat().st_size for file in folder.glob("events.*"))
+    assert "Interrupted with 0 of 1 finished; the same command goes on." in interrupted.err
     ended = end(start_grid(tmp_path, "--experiments", "long"))
     assert ended.status == 0, ended.out + ended.err
     assert "1 of 1 finished, 0 failed" in ended.out
-    assert folders(tmp_path, "long") == [folder] and (folder / "run.json").exists()
-    assert len(list(folder.glob("events.*"))) == 2 and size > 0  # the first part's events are still there
+    assert list(folder.parent.glob("*__*/")) == [folder] and (folder.parent / "run.json").exists()
+    assert len(list(folder.glob("events.*"))) == 3  # the first parts' events are still there
+    (row,) = pd.read_csv(tmp_path / "results" / "runs_v2.csv").itertuples()
+    assert (row.env_id, row.variant, row.seed, row.total_timesteps) == ("Hopper-v4", "NFPO", 1, 6400)
+    assert (row.status, row.steps) == ("finished", 6400) and row.evaluation > 0
+    curves = pd.read_csv(tmp_path / "results" / "curves_v2" / "Hopper-v4.csv")
+    assert curves.step.tolist() == [128 * i for i in range(1, 51)] and curves.approx_kl.notna().all()
 
 
 def test_one_process_a_run(tmp_path, monkeypatch, capsys):
     """Whoever finds another process at a run waits for it, but not for ever, and leaves the run alone."""
     monkeypatch.setattr(runner.Job, "patience", 1)
     run = runner.Run("Hopper-v4", "NFPO", 1, 512)
-    with (tmp_path / ".Hopper-v4__NFPO__1__512.lock").open("w") as lock:
+    run.folder(tmp_path).mkdir()
+    with (run.folder(tmp_path) / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert runner.Job(run, tmp_path)() == runner.BUSY
         # The runner counts it as neither finished nor failed, and does not end with success.
@@ -141,7 +170,7 @@ def test_one_process_a_run(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert f"{run}: left alone: another process is at it" in out
     assert "0 of 1 finished, 0 failed, 1 left to another process." in out
-    assert not list(tmp_path.glob("Hopper*"))
+    assert [path.name for path in run.folder(tmp_path).iterdir()] == [".lock"]
 
 
 @pytest.fixture
@@ -150,46 +179,47 @@ def worker(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(os, "sched_getaffinity", os.sched_getaffinity)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
-
-
-def start_run(tmp_path):
-    """The folder of Hopper-v4 NFPO seed 1 with nothing but its arguments."""
-    folder = tmp_path / "Hopper-v4__NFPO__1__1"
-    folder.mkdir()
-    args = {"env_id": "Hopper-v4", "exp_name": "NFPO", "seed": 1, "total_timesteps": 512}
-    (folder / "args.json").write_text(json.dumps(args))
-    return folder
 
 
 def test_finished_while_waiting(tmp_path, monkeypatch, worker):
     """Whoever waited for another process and finds the run finished leaves it as it is."""
     run = runner.Run("Hopper-v4", "NFPO", 1, 512)
-    folder = start_run(tmp_path)
-    (folder / "run.json").write_text("{}")
+    run.folder(tmp_path).mkdir()
+    (run.folder(tmp_path) / "run.json").write_text("{}")
     monkeypatch.setattr(runner.runpy, "run_path", lambda *_, **__: pytest.fail("trained again"))
     assert runner.Job(run, tmp_path)() == 0
-    assert (folder / "run.json").read_text() == "{}"
+    assert (run.folder(tmp_path) / "run.json").read_text() == "{}"
 
 
-def test_commits_of_all_sessions(tmp_path, monkeypatch, worker):
-    """A run that was interrupted and went on with another commit names both."""
-    run = runner.Run("Hopper-v4", "NFPO", 1, 512)
+def test_sessions_of_one_run(tmp_path, monkeypatch, worker):
+    """A run that died before its first checkpoint starts again, later it resumes; it names the commits of all its
+    sessions. One that breaks needs no checkpoint to be a result."""
+    run, commands = runner.Run("Hopper-v4", "NFPO", 1, 512), []
 
-    def starts_and_dies(*_, **__):
-        start_run(tmp_path)
-        raise SystemExit(137)
+    def session(number: int, checkpoint: bool, status: int) -> str:
+        def script(*_, **__):
+            commands.append(" ".join(sys.argv))
+            begun = run.folder(tmp_path) / f"Hopper-v4__NFPO__1__{number}"
+            begun.mkdir(exist_ok=True)
+            if checkpoint:
+                (begun / "checkpoint.pt").touch()
+            raise SystemExit(status)
 
-    def breaks(*_, **__):
-        raise SystemExit(3)
-
-    for commit, script in (("aaa", starts_and_dies), ("bbb", breaks)):
-        monkeypatch.setattr(runner, "provenance", lambda commit=commit: {"commit": commit})
+        monkeypatch.setattr(runner, "provenance", lambda: {"commit": f"c{number}"})
         monkeypatch.setattr(runner.runpy, "run_path", script)
-        runner.Job(run, tmp_path)()
-    record = run.find(tmp_path) / "run.json"
-    assert json.loads(record.read_text()) == {"status": 3, "commit": "aaa+bbb"}
+        assert runner.Job(run, tmp_path)() == status
+        return commands[-1]
+
+    assert "--resume" not in session(9, False, 137)
+    assert "--resume" not in session(10, True, 137)
+    resumed = session(10, True, 3)
+    assert resumed.endswith(f"--resume {run.folder(tmp_path)}/Hopper-v4__NFPO__1__10")
+    record = json.loads((run.folder(tmp_path) / "run.json").read_text())
+    assert record == {"run": list(run), "status": 3, "commit": "c9+c10"}
+    assert len(commands) == 3 and runner.Job(run, tmp_path)() == 0  # and it is over
 
 
 def test_time_limit_is_not_an_end(tmp_path, monkeypatch, worker):
@@ -203,7 +233,7 @@ def test_time_limit_is_not_an_end(tmp_path, monkeypatch, worker):
     job = runner.Job(runner.Run("Hopper-v4", "NFPO", 1, 512), tmp_path)
     with pytest.raises(SystemExit):
         job()
-    assert not list(tmp_path.glob("*/run.json"))
+    assert not job.run.is_finished(tmp_path)
     assert job.checkpoint().function is job
 
 
@@ -222,18 +252,129 @@ def test_selection(monkeypatch, capsys):
         runner.select(runner.RunArgs(variants=("w",)), grid)
 
 
-def test_variants_are_valid_commands():
-    """Every flag in the grid is one that the script takes, and every experiment's variants exist."""
-    import nfpo_continuous_action as nfpo
+def test_variants_are_valid_commands(monkeypatch):
+    """Every flag in the grid is one that the script takes, and the twins too; every experiment's variants exist."""
+    import tyro
 
-    for command in runner.VARIANTS.values():
-        script, *flags = command.split()
-        assert (ROOT / script).is_file()
-        nfpo.check_args(nfpo.parse_args(flags), nfpo.FlowPolicy)
+    from benchmarks.baselines.ppo_continuous_action import refuse_flow_flags
+    from nfpo_continuous_action import Args
+
+    for edition, variants in runner.VARIANTS.items():
+        for command in variants.values():
+            script, *flags = command.split()
+            assert (ROOT / script).is_file()
+            args = tyro.cli(Args, args=flags)
+            if edition == 1:
+                assert args.base_std == 1 and (args.num_envs, args.num_steps) in ((1, 2048), (64, 64))
+            if script != runner.NFPO:
+                monkeypatch.setattr(sys, "argv", [script, *flags])
+                refuse_flow_flags()
+            elif edition == 1:
+                assert args.learned_base_std == ("--learned-base-std" in flags)
     for experiment in runner.GRID:
-        assert set(experiment.variants) <= set(runner.VARIANTS), experiment.name
+        assert set(experiment.variants) <= set(runner.VARIANTS[experiment.edition]), experiment.name
     shown = {variant for rows in report.ABLATION_ROWS.values() for variants in rows.values() for variant in variants}
     assert shown <= {variant for e in runner.GRID for variant in e.variants if e.total_timesteps == 500_000}
+
+
+@pytest.mark.parametrize("flag", ["--scale-bound=0.3", "--scale_fn", "--no-learned-base-std", "--num-flow-layers"])
+def test_twins_refuse_flow_flags(flag, monkeypatch, capsys):
+    """A flag that a twin would ignore is one line; the value of another flag is not taken for one."""
+    from benchmarks.baselines.ppo_continuous_action import refuse_flow_flags
+
+    monkeypatch.setattr(sys, "argv", ["ppo.py", "--exp-name", "scale-bound", flag, "2"])
+    with pytest.raises(SystemExit, match="2"):
+        refuse_flow_flags()
+    name = flag.split("=")[0].replace("_", "-").replace("--no-", "--")
+    assert capsys.readouterr().err == f"error: {name}: only the flow has this, ppo.py does not\n"
+    monkeypatch.setattr(sys, "argv", ["ppo.py", "--exp-name", "scale-bound", "--hidden-dim", "32"])
+    refuse_flow_flags()
+
+
+def test_second_edition():
+    """S1b: five tasks on EnvPool, ten seeds on Humanoid; boxes: two Humanoids. No run of it is one of the first's."""
+    runs = runner.select(runner.RunArgs(experiments=("S1b", "boxes")))
+    assert len(runs) == 4 * (10 + 4 * 5) + 2 * 3 and {run.total_timesteps for run in runs} == {1_000_000}
+    assert sum(run.env_id == "Humanoid-v4" and "--envpool" in run.command() for run in runs) == 40
+    assert not set(runs) & set(runner.select(runner.RunArgs(experiments=("S1",))))
+    assert {run.edition for run in runs} == {2}
+    names = {run.folder(Path()) for run in runner.select(runner.RunArgs())}
+    assert len(names) == len(runner.select(runner.RunArgs()))
+
+
+def test_raw_box():
+    """The raw Humanoid is given what the policy samples, clipped to ±0.4; the other one 0.4 times that."""
+    import torch
+
+    from nfpo_continuous_action import Args, make_envs
+
+    for env_id, factor in zip(runner.BOXES, (0.4, 1.0)):
+        envs = make_envs(Args(env_id=env_id), 1, seed=1)
+        agent = make_agent(envs.obs.shape[1], len(envs.low), low=envs.low[0], high=envs.high[0])
+        with torch.no_grad():
+            _, action, _, boxed = agent.act(envs.obs)
+        envs.step(boxed)
+        expected = (factor * action[0].numpy()).clip(-0.4, 0.4)
+        assert envs.envs.envs[0].unwrapped.data.ctrl == pytest.approx(expected, abs=1e-6)
+        assert envs.envs.envs[0].spec.max_episode_steps == 1000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_rate_without_startup(tmp_path):
+    """From the first iteration to the last; start-up ends before the first one's steps."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for iteration in (1, 2, 3):
+            writer.add_scalar("losses/value_loss", 0.0, 100 * iteration, walltime=1000 + 10 + 2 * iteration)
+    rate, startup = speed.without_startup(tmp_path, start=1000)
+    assert rate == pytest.approx(50) and startup == pytest.approx(10)
+
+
+def test_speed_ratios():
+    """Within a round, and the median of these; a contender that did not run leaves its column empty."""
+    pairs = {"nfpo": [(10, 400), (20, 800), (40, 200)], "cleanrl": [(50, 200), (30, 100), (80, 50)]}
+    rounds = {name: [speed.Measured(s, r, 5.0) for s, r in numbers] for name, numbers in pairs.items()}
+    rows = speed.summarize(rounds)
+    assert rows["nfpo"] == {
+        "seconds": "20.0",
+        "rate": "400",
+        "startup": "5.0",
+        "whole_vs_cleanrl": "2.00",
+        "rate_vs_cleanrl": "4.00",
+        "whole_vs_ppo": "",
+        "rate_vs_ppo": "",
+    }
+    assert rows["cleanrl"]["whole_vs_cleanrl"] == rows["cleanrl"]["rate_vs_cleanrl"] == "1.00"
+
+
+def test_speed_program(tmp_path, monkeypatch, capsys):
+    """A short run of everybody first, then the rounds in turn, on the same cores and steps; other environments' rows
+    stay in the file. One real run gives its three numbers."""
+    ran = []
+
+    def measure(name, env_id, steps, args):
+        ran.append((name, steps))
+        return speed.Measured(10, 100, 2)
+
+    real = speed.measure
+    monkeypatch.setattr(speed, "measure", measure)
+    path = tmp_path / "speed.csv"
+    for env_id in ("A", "B", "A"):
+        flags = ["--env-ids", env_id, "--rounds", "2", "--contenders", "nfpo", "ppo", "cleanrl", "--csv", str(path)]
+        monkeypatch.setattr(sys, "argv", ["speed.py", *flags])
+        speed.main()
+    assert ran[:6] == [(name, steps) for steps in (4096, 200_704, 200_704) for name in ("nfpo", "ppo")]
+    rows = pd.read_csv(path)
+    assert rows.env_id.tolist() == ["B", "B", "A", "A"] and rows.whole_vs_ppo.tolist() == [1.0] * 4
+    assert "| A | 200704 | 2 | nfpo | 1 | 10.0 | 100 | 2.0 |" in capsys.readouterr().out
+    monkeypatch.setitem(speed.CONTENDERS, "small", (tiny_grid.VARIANTS[1]["PPO"], 1))
+    measured = real("small", "Hopper-v4", 256, speed.SpeedArgs())
+    assert 0 < measured.startup < measured.seconds and measured.rate > 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,7 +385,7 @@ def test_variants_are_valid_commands():
 @pytest.fixture(autouse=True)
 def fewer_resamples(monkeypatch):
     """As many as hand-computed intervals need."""
-    monkeypatch.setattr(report, "RESAMPLES", 200)
+    monkeypatch.setattr(report, "RESAMPLES", 30)
 
 
 @pytest.fixture
@@ -255,12 +396,14 @@ def reported(grid, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "STEPS_1M", 512)
     monkeypatch.setattr(report, "STEPS_ABLATION", 512)
     (tmp_path / "README.md").write_bytes((ROOT / "benchmarks" / "README.md").read_bytes())
-    (tmp_path / "front.md").write_bytes((ROOT / "README.md").read_bytes())
+    (tmp_path / "docs.md").write_bytes((ROOT / "docs" / "nfpo_continuous_action.md").read_bytes())
     places = {"runs-dir": grid[0] / "runs", "results": "results", "figures": "figures", "readme": "README.md"}
-    places["front-page"] = "front.md"
+    places["docs"] = "docs.md"
     monkeypatch.setattr(sys, "argv", ["report.py", *(f"--{k}={tmp_path / v}" for k, v in places.items())])
     report.main()
     first = (tmp_path / "results" / "runs.csv").read_bytes()
+    for name in ("figure_s1", "figure_s1_aggregate", "figure_s1_updates", "figure_ablation"):
+        monkeypatch.setattr(report, name, lambda *_: None)  # once is enough
     report.main()
     assert (tmp_path / "results" / "runs.csv").read_bytes() == first
     return tmp_path
@@ -274,8 +417,9 @@ def test_report_of_the_tiny_grid(grid, reported):
     assert set(runs.index) == {"NFPO", "PPO", "scale-none"}
     assert list(runs.status[["NFPO", "PPO", "scale-none"]]) == ["finished", "finished", "broke"]
     assert runs.steps["NFPO"] == 512 and runs.steps["scale-none"] < 512
-    points = scalars(folders(grid[0], "NFPO")[0])
+    points = scalars(run_folder(grid[0], "NFPO"))
     returns = [value for _, value in points["charts/episodic_return"]]
+    assert returns
     assert runs.last_100_episodes["NFPO"] == pytest.approx(np.mean(returns[-100:]), rel=1e-3)
     assert runs.evaluation["NFPO"] > 0 and runs.torch["NFPO"].startswith("2.")
 
@@ -286,7 +430,7 @@ def test_report_of_the_tiny_grid(grid, reported):
         assert mine.approx_kl[edge] == pytest.approx(value, rel=1e-3)
     page = (reported / "README.md").read_text()
     assert "| NFPO beats PPO on Humanoid | Fig. S1 |" in page
-    for text in (page, (reported / "front.md").read_text()):
+    for text in (page, (reported / "docs.md").read_text()):
         assert f"| NFPO | {runs.last_100_episodes['NFPO']:.0f} (1) |" in text
         assert f"| NFPO | {runs.evaluation['NFPO']:.0f} (1) |" in text
     for name in ("figure_S1.png", "figure_S1_aggregate.png", "figure_2.png"):
@@ -665,10 +809,10 @@ def test_committed_tables_are_of_the_committed_results(tmp_path, monkeypatch, ca
     for name in ("figure_s1", "figure_s1_aggregate", "figure_s1_updates", "figure_ablation"):
         monkeypatch.setattr(report, name, lambda *_: None)
     monkeypatch.setattr(report, "RESAMPLES", 10)
-    here, committed = ROOT / "benchmarks", [ROOT / "benchmarks" / "README.md", ROOT / "README.md"]
+    here, committed = ROOT / "benchmarks", [ROOT / "benchmarks/README.md", ROOT / "docs/nfpo_continuous_action.md"]
     places = {"runs-dir": tmp_path / "none", "results": here / "results", "figures": here / "figures"}
-    places |= {"readme": tmp_path / "README.md", "front-page": tmp_path / "front.md"}
-    written = [places["readme"], places["front-page"]]
+    places |= {"readme": tmp_path / "README.md", "docs": tmp_path / "docs.md"}
+    written = [places["readme"], places["docs"]]
     for page, copy in zip(committed, written):
         # Emptied first, so that a table which is not written again does not pass for one that is.
         copy.write_text(re.sub(r"(<!-- report: .*? -->\n).*?(<!-- end)", r"\1\2", page.read_text(), flags=re.DOTALL))

@@ -1,129 +1,174 @@
 """Promise: compiled or eager, the results are the same, and where there is no compiler it says so and runs eagerly."""
 
+from functools import partial
+
 import pytest
 import torch
-from conftest import SMALL, run, run_folders, scalars
+from conftest import SMALL, make_agent, run, run_folders, scalars
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import nfpo_continuous_action as nfpo
+
+ARGS = {"num_envs": 6, "num_steps": 4, "num_minibatches": 3}
+RUN = {"env_id": "Hopper-v4", "num_flow_layers": 2, "ent_coef": 0.01}  # each layer costs the compiler seconds
+VARIANTS = {
+    "flow": {},
+    "entropy": {"ent_coef": 0.1, "clip_vloss": False, "norm_adv": False},
+    "deep": {"hidden_layers": 2, "num_flow_layers": 3, "learned_base_std": False},
+    "clip": {"scale_fn": "clip"},
+    "asymmetric": {"scale_fn": "asymmetric"},
+    "gaussian": {},
+    "mixture": {},
+}
+
+
+class Case:
+    """An agent, its two functions and the same as graphs or compiled."""
+
+    def __init__(self, agent, eager, compiled):
+        self.agent, self.eager, self.compiled, self.obs_dim = agent, eager, compiled, agent.obs_stats.mean.numel()
+        assert compiled[0] is not eager[0] and compiled[1] is not eager[1], "it was given up"
+
+    def obs(self) -> torch.Tensor:
+        return torch.randn(self.num_envs, self.obs_dim, dtype=torch.float64)
+
+    def minibatch(self, seed: int) -> tuple[torch.Tensor, ...]:
+        """Samples near the policy's own, each of the six tensors another one."""
+        torch.manual_seed(seed)
+        obs = torch.randn(self.size, self.obs_dim)
+        with torch.no_grad():
+            actions, log_probs = self.agent.policy.sample(obs)
+        numbers = torch.randn(4, self.size) * torch.tensor([[0.2], [1.0], [2.0], [3.0]])
+        return obs, actions, log_probs + numbers[0], *numbers[1:].unbind()
+
+
+@pytest.fixture(scope="module")
+def mixture() -> type:
+    from benchmarks.baselines.ppo_mixture import MixturePolicy
+
+    return MixturePolicy
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def graph(request, gaussian, mixture) -> Case:
+    """The graphs that the compiler gets, run as they are: they are nearly all that can be wrong, and cost no time."""
+    args = nfpo.Args(**ARGS, **VARIANTS[request.param])
+    policy_class = {"gaussian": gaussian, "mixture": mixture}.get(request.param, nfpo.FlowPolicy)
+    agent = make_agent(5, 3, policy_class, size=0.1, **VARIANTS[request.param])
+    vector = parameters_to_vector(agent.trained()).detach()
+    vector_to_parameters(vector, agent.trained())  # as in training: views of one vector
+    eager = agent.act, partial(nfpo.ppo_gradient, agent, args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._inductor, "standalone_compile", lambda graph, inputs, options: graph)
+        found = nfpo.compile_functions(agent, args, torch.randn(6, 5, dtype=torch.float64), *eager)
+    case = Case(agent, eager, found)
+    case.num_envs, case.size = 6, 8
+    return case
+
+
+@pytest.fixture(scope="module")
+def compiled_run(train_small) -> tuple:
+    """A short run with the compiler, and its functions."""
+    cases, compile_functions = [], nfpo.compile_functions
+
+    def keep(agent, args, raw_obs, *eager):
+        found = compile_functions(agent, args, raw_obs, *eager)
+        cases.append(Case(agent, eager, found))
+        cases[0].num_envs, cases[0].size = len(raw_obs), args.num_envs * args.num_steps // args.num_minibatches
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nfpo, "compile_functions", keep)
+        run_dir = train_small(**RUN, compile=True)
+    return run_dir, cases[0]
 
 
 @pytest.fixture(scope="module")
 def eager_run(train_small):
-    return train_small("Hopper-v4", num_flow_layers=2)
+    return train_small(**RUN)
 
 
-def test_compiled_equals_eager(eager_run, train_small):
-    """Two iterations give the same losses and weights whichever way they run."""
-    compiled_run = train_small("Hopper-v4", num_flow_layers=2, compile=True)
-    eager, compiled = nfpo.load_checkpoint(eager_run), nfpo.load_checkpoint(compiled_run)
-    for network in ("policy", "critic"):
-        for name, weight in eager[network].items():
-            torch.testing.assert_close(compiled[network][name], weight, atol=1e-4, rtol=0, msg=name)
-    ours, theirs = scalars(compiled_run), scalars(eager_run)
-    assert len(ours["charts/episodic_return"]) == len(theirs["charts/episodic_return"])
+def same(function, compiled_function, *inputs) -> None:
+    torch.manual_seed(7)
+    with torch.enable_grad():
+        expected = function(*inputs)
+    torch.manual_seed(7)
+    found = compiled_function(*inputs)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def check(case: Case) -> None:
+    """Random inputs, each tensor another; then new parameters and statistics, changed in place as training does it."""
+    (act, gradient_fn), (compiled_act, compiled_gradient_fn) = case.eager, case.compiled
+    for seed in range(3):
+        obs = case.obs()
+        with torch.no_grad():
+            same(act, compiled_act, obs)
+        same(gradient_fn, compiled_gradient_fn, *case.minibatch(seed))
+        before = [torch.cat([part.flatten() for part in f]) for f in outputs(case, obs)]
+        with torch.no_grad():
+            for parameter in case.agent.trained():
+                parameter += 0.1 * torch.randn_like(parameter)
+            case.agent.obs_stats.update(case.obs() * 3 + 1)
+        after = [torch.cat([part.flatten() for part in f]) for f in outputs(case, obs)]
+        assert all((a - b).abs().max() > 1e-2 for a, b in zip(after, before))
+
+    inputs = case.minibatch(0)  # a tensor that was taken for another, or for a constant, would not show in the gradient
+    gradient = outputs(case, obs)[1][0]
+    for i in range(len(inputs)):
+        changed = [*inputs]
+        changed[i] = inputs[i] + 0.1 * torch.randn_like(inputs[i])
+        torch.manual_seed(7)
+        assert not torch.equal(case.compiled[1](*changed)[0], gradient) or (i == 5 and "old values need clip_vloss"), i
+    assert not torch.equal(case.compiled[0](obs)[1], case.compiled[0](obs)[1]), "its noise is part of it"
+
+
+def outputs(case: Case, obs: torch.Tensor) -> tuple:
+    torch.manual_seed(7)
+    return case.compiled[0](obs), case.compiled[1](*case.minibatch(0))
+
+
+def test_graphs(graph):
+    """What is handed to the compiler computes what PyTorch does, for each policy and loss."""
+    check(graph)
+
+
+def test_training(eager_run, compiled_run):
+    """Two iterations give the same losses and parameters whichever way they run."""
+    run_dir, _ = compiled_run
+    eager, compiled = (nfpo.load_checkpoint(path)["agent"] for path in (eager_run, run_dir))
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+    ours, theirs = scalars(run_dir), scalars(eager_run)
     for name in theirs.keys() - {"charts/SPS"}:
-        for (step, value), (other_step, other) in zip(ours[name], theirs[name]):
-            assert step == other_step and value == pytest.approx(other, abs=1e-4, rel=1e-4), name
+        assert [step for step, _ in ours[name]] == [step for step, _ in theirs[name]], name
+        values = [[value for _, value in points[name]] for points in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], abs=1e-4, rel=1e-4), name
+
+
+def test_compiled(compiled_run):
+    """The compiled functions compute what PyTorch does, with the parameters of the moment."""
+    check(compiled_run[1])
 
 
 def test_no_compiler(eager_run, tmp_path):
     """Without a compiler one line says so, and the run equals an eager one bit for bit."""
     flags = [flag for flag in SMALL if flag != "--no-compile"]
     variables = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    ended = run(*flags, "--env-id", "Hopper-v4", "--num-flow-layers", 2, cwd=tmp_path, **variables)
-    assert ended.status == 0, ended.err
+    flags += ["--env-id", "Hopper-v4", "--num-flow-layers", 2, "--ent-coef", 0.01]
+    ended = run(*flags, cwd=tmp_path, **variables)
+    assert ended.status == 0 and "Traceback" not in ended.err, ended
     lines = [line for line in ended.out.splitlines() if "compiler does not work here" in line]
     assert len(lines) == 1 and "eager" in lines[0]
-    ours, eager = nfpo.load_checkpoint(run_folders(tmp_path)[0]), nfpo.load_checkpoint(eager_run)
-    for name, weight in eager["policy"].items():
-        assert torch.equal(ours["policy"][name], weight), name
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty folder for compiled libraries."""
-    monkeypatch.setattr(nfpo, "cache_dir", lambda: str(tmp_path))
-    return tmp_path
-
-
-def compile_sample(policy, obs):
-    with torch.no_grad():
-        return nfpo.compile_ahead(policy.sample, (policy,), (obs,))
-
-
-def test_library_sees_new_weights_and_is_kept(cache, monkeypatch):
-    """What is compiled computes with the weights of the moment, and a second start finds it."""
-    policy, obs = nfpo.FlowPolicy(5, 3, num_layers=2, learned_base_std=True), torch.randn(4, 5)
-    compile_sample(policy, obs)
-    assert len(list(cache.glob("*.pt2"))) == 1
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: pytest.fail("compiled again"))
-    vector = nfpo.flatten_parameters(list(policy.parameters()))
-    sample = compile_sample(policy, obs)
-    with torch.no_grad():
-        vector += 0.1 * torch.randn_like(vector)  # as the optimizer does
-        torch.manual_seed(5)
-        found = sample(obs)
-        torch.manual_seed(5)
-        torch.testing.assert_close(tuple(found), policy.sample(obs))
-
-
-def test_other_constants_are_another_library(cache):
-    """Same shapes, other bound: not the library of before."""
-    obs = torch.randn(4, 5)
-    for bound in (0.5, 1.0):
-        policy = nfpo.FlowPolicy(5, 3, num_layers=1, scale_bound=bound)
-        torch.nn.init.normal_(policy.layers[0].out.weight)
-        compile_sample(policy, obs)  # compares both with PyTorch
-    assert len(list(cache.glob("*.pt2"))) == 2
-
-
-class Shifted(nfpo.FlowPolicy):
-    """A reader's policy with a tensor that is neither parameter nor buffer."""
-
-    def sample(self, obs, temperature=1.0):
-        actions, log_probs = super().sample(obs, temperature)
-        return actions + self.shift, log_probs
-
-
-def test_other_tensor_is_another_library(cache):
-    """Same graph, other numbers in a tensor that the graph holds: not the library of before."""
-    for shift in (0.0, 1.0):
-        policy = Shifted(5, 3, num_layers=1)
-        policy.shift = torch.full((3,), shift)
-        compile_sample(policy, torch.randn(4, 5))  # compares with PyTorch
-    assert len(list(cache.glob("*.pt2"))) == 2
-
-
-def test_other_processor_is_another_library(cache, monkeypatch):
-    """A library made for one processor may hold instructions that the next one does not know."""
-    policy, obs = nfpo.FlowPolicy(5, 3, num_layers=1), torch.randn(4, 5)
-    compile_sample(policy, obs)
-    other = {**torch.cpu.get_capabilities(), "cpu_name": "another one"}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: other)
-    compile_sample(policy, obs)
-    assert len(list(cache.glob("*.pt2"))) == 2
-
-
-class Drifting(nfpo.FlowPolicy):
-    """Computes something else at each call, which no compiled function can."""
-
-    calls = 0
-
-    def sample(self, obs, temperature=1.0):
-        Drifting.calls += 1
-        return obs[:, : self.action_dim] + Drifting.calls, obs[:, 0]
-
-
-def test_wrong_library_is_not_used(cache, capsys):
-    """Where compiled and eager disagree, training goes on eagerly and says why."""
-    policy, critic, args = Drifting(5, 3), nfpo.Critic(5), nfpo.Args(num_steps=8, num_minibatches=1)
-    sample, gradient = nfpo.compile_functions(policy, critic, args, 5, 3, torch.device("cpu"))
-    assert sample == policy.sample and gradient is nfpo.minibatch_gradient
-    assert "eager" in capsys.readouterr().out
+    ours, eager = (nfpo.load_checkpoint(run_dir)["agent"] for run_dir in (run_folders(tmp_path)[0], eager_run))
+    for name, tensor in eager.items():
+        assert torch.equal(ours[name], tensor), name
 
 
 class LaplacePolicy(torch.nn.Module):
-    """A reader's own policy, made of torch.distributions."""
+    """A reader's own policy, made of torch.distributions, which validates what it is given."""
 
     def __init__(self, obs_dim, action_dim):
         super().__init__()
@@ -137,11 +182,14 @@ class LaplacePolicy(torch.nn.Module):
         return action, self.log_prob(obs, action)
 
 
-def test_own_policy_compiles(cache, monkeypatch):
-    """torch.distributions validates values, which no graph knows: compilation need not be given up for that."""
-    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)  # or torch.compile has it off
-    policy, critic, args = LaplacePolicy(5, 3), nfpo.Critic(5), nfpo.Args(num_steps=8, num_minibatches=1)
-    sample, gradient = nfpo.compile_functions(policy, critic, args, 5, 3, torch.device("cpu"))
-    assert sample != policy.sample and gradient is not nfpo.minibatch_gradient
-    with pytest.raises(ValueError):  # and afterwards it validates as before
-        torch.distributions.Laplace(torch.zeros(1), -torch.ones(1))
+def test_what_cannot_be_compiled_runs(capsys, monkeypatch):
+    """A policy that no graph can hold costs a line at most, and never a run."""
+    args, agent = nfpo.Args(**ARGS), make_agent(5, 3, LaplacePolicy)
+    eager = agent.act, partial(nfpo.ppo_gradient, agent, args)
+    monkeypatch.setattr(torch._inductor, "standalone_compile", lambda graph, inputs, options: graph)
+    act, gradient_fn = nfpo.compile_functions(agent, args, torch.randn(6, 5, dtype=torch.float64), *eager)
+    said = capsys.readouterr().out
+    assert (act is eager[0]) == ("eager" in said) and said.count("\n") <= 1
+    case = Case(agent, (None, None), (act, gradient_fn))
+    case.num_envs, case.size = 6, 8
+    same(eager[1], gradient_fn, *case.minibatch(0))

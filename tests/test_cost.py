@@ -20,10 +20,11 @@ def mlp(obs_dim: int, out_dim: int) -> int:
 
 def by_hand(obs_dim: int, action_dim: int) -> dict[str, tuple[int, int]]:
     """Weights in matrix products, and other parameters (biases, log standard deviations), of each contender."""
-    # Four coupling layers keep each dimension twice and transform it twice, to a scale and a shift.
+    # Four coupling layers keep each dimension twice and transform it twice, to a scale and a shift. The base has a
+    # deviation per dimension.
     flow = 4 * obs_dim * HIDDEN + 2 * action_dim * HIDDEN + 2 * HIDDEN * 2 * action_dim
     return {
-        "nfpo": (flow, 4 * HIDDEN + 2 * 2 * action_dim),
+        "nfpo": (flow, 4 * HIDDEN + 2 * 2 * action_dim + action_dim),
         "ppo": (mlp(obs_dim, action_dim), 2 * HIDDEN + 2 * action_dim),
         # Five means and a weight for each component, and five log standard deviations for each dimension.
         "ppo_mixture": (mlp(obs_dim, 5 * action_dim + 5), 2 * HIDDEN + 5 * action_dim + 5 + 5 * action_dim),
@@ -35,14 +36,17 @@ def by_hand(obs_dim: int, action_dim: int) -> dict[str, tuple[int, int]]:
 def test_counts_are_those_by_hand(obs_dim, action_dim):
     """Parameters, memory and floating-point operations follow from the layers' sizes."""
     task = cost.Task("any", obs_dim, -np.ones(action_dim), np.ones(action_dim))
-    modules, expected = cost.deployable(task), by_hand(obs_dim, action_dim)
-    assert modules.keys() == expected.keys()
+    agents, expected = cost.agents(task), by_hand(obs_dim, action_dim)
+    found = {
+        name: {what: both[0] for what, both in cost.counts(agent, obs_dim).items()} for name, agent in agents.items()
+    }
+    found["critic"] = {what: both[1] for what, both in cost.counts(agents["ppo"], obs_dim).items()}
+    assert found.keys() == expected.keys()
     for name, (weights, others) in expected.items():
-        assert cost.num_parameters(modules[name]) == weights + others, name
-        assert cost.num_flops(modules[name], obs_dim) == 2 * weights, name
-        # Beside float32 parameters: mean and deviation of observations in float64, limits, the flow's int64 order.
+        # Beside float32 parameters: mean and variance of observations in float64, limits, the flow's int64 order.
         buffers = 0 if name == "critic" else 2 * 8 * obs_dim + 2 * 4 * action_dim + 8 * action_dim * (name == "nfpo")
-        assert cost.num_bytes(modules[name]) == 4 * (weights + others) + buffers, name
+        sizes = {"parameters": weights + others, "bytes": 4 * (weights + others) + buffers, "flops": 2 * weights}
+        assert found[name] == sizes, name
 
 
 def test_sizes_are_the_environments():
@@ -97,37 +101,52 @@ def test_ratios_are_taken_within_a_round():
     assert cost.summarize(found) == {("x", "nfpo"): (30.0, 2.0), ("x", "ppo"): (20.0, 1.0)}
 
 
-def test_every_runtime_decides_the_same(tmp_path):
-    """What is timed is the same decision in PyTorch, compiled or not, and in ONNX Runtime, within the limits."""
-    module = cost.deployable(cost.make_task("g1"))["nfpo"]
+@pytest.fixture(scope="module")
+def agent():
+    """The flow's, with actions that reach the limits."""
+    agent = cost.agents(cost.make_task("g1"))["nfpo"]
     with torch.no_grad():
-        for layer in module.policy.layers:
-            layer.out.bias.uniform_(-2, 2)  # so that something is clipped
-    eager, compiled, onnx = (cost.decision(module, runtime, 47, str(tmp_path))() for runtime in RUNTIMES)
+        for layer in agent.policy.layers:
+            layer.out.bias.uniform_(-2, 2)
+    return agent
+
+
+def test_every_runtime_decides_the_same(agent, tmp_path):
+    """What is timed is the same decision in PyTorch, compiled or not, and in ONNX Runtime, within the limits."""
+    eager, compiled, onnx = (cost.decision(agent, agent, runtime, 47, str(tmp_path))() for runtime in RUNTIMES)
     assert eager.dtype == np.float32 and eager.shape == (1, 12)
     assert np.abs(eager - onnx).max() < 1e-5 and np.abs(eager - compiled).max() < 1e-5
     assert np.abs(eager).max() == 1 and np.abs(eager).min() < 1
 
 
 @pytest.mark.parametrize("runtime", ["eager", "compiled"])
-def test_training_step_differentiates_the_samples_log_prob(runtime):
+def test_training_step_differentiates_the_samples_log_prob(agent, runtime):
     """The training row's gradient is that of the mean log-probability, every parameter's in turn."""
-    policy = cost.deployable(cost.make_task("g1"))["nfpo"].policy
-    obs = torch.randn(16, 47)
-    step = cost.train_step(policy, runtime, obs)
+    policy, obs = agent.policy, torch.randn(16, 47)
+    step = cost.train_step(agent, runtime, obs)
     torch.manual_seed(3)
     gradients = step()
     torch.manual_seed(3)
     with torch.no_grad():
         action, _ = policy.sample(obs)
+    policy.zero_grad()
     policy.log_prob(obs, action).mean().backward()
     for gradient, (name, parameter) in zip(gradients, policy.named_parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, msg=name)
 
 
-@pytest.mark.parametrize("tasks, runtimes", [(("g1", "HalfCheetah-v4"), ("eager",)), (("g1",), ("eager", "onnx"))])
+def test_no_compiler(agent, monkeypatch):
+    """Eager mode is not measured under the compiler's name."""
+    monkeypatch.setattr(cost, "compile_functions", lambda agent, args, obs, *functions: functions)
+    with pytest.raises(RuntimeError, match="--runtimes eager onnx"):
+        cost.train_step(agent, "compiled", torch.randn(16, 47))
+
+
+@pytest.mark.parametrize("tasks, runtimes", [(("g1", "HalfCheetah-v4"), ("eager",)), (("g1",), ("onnx",))])
 def test_command_line(tasks, runtimes, tmp_path, monkeypatch, capsys):
     """Every contender gets every row, with positive numbers, in the file and in the table."""
+    decision = cost.decision  # an export takes seconds, and another test compares the runtimes
+    monkeypatch.setattr(cost, "decision", lambda agent, module, _, *others: decision(agent, module, "eager", *others))
     path = tmp_path / "cost.csv"
     flags = "--rounds 3 --calls 2 --train-rounds 2 --batch 64 --paced-rounds 1 --paced-calls 2".split()
     flags += ["--csv", str(path), "--runtimes"]
@@ -144,7 +163,7 @@ def test_command_line(tasks, runtimes, tmp_path, monkeypatch, capsys):
         (task, *{"g1": ("47", "12"), "HalfCheetah-v4": ("17", "6")}[task], name, what)
         for task in tasks
         for name in ("nfpo", "ppo", "ppo_mixture", "critic")
-        for what in [*decisions, *(["training, eager (µs)"] if name != "critic" else [])]
+        for what in [*decisions, *(["training, eager (µs)"] if name != "critic" and "eager" in runtimes else [])]
     }
     keys = [(row["env_id"], row["obs_dim"], row["action_dim"], row["contender"], row["what"]) for row in rows]
     assert set(keys) == expected and len(keys) == len(expected)
@@ -152,4 +171,4 @@ def test_command_line(tasks, runtimes, tmp_path, monkeypatch, capsys):
         value, ratio = float(row["value"]), float(row["relative_to_ppo"])
         assert value > 0 and ratio > 0 and (row["contender"] != "ppo" or ratio == 1)
         assert f"{value:,.0f} ({ratio:.2f} x)" in table
-    assert table.count("\n| ") + 1 == len(tasks) * (1 + len(decisions) + 1)
+    assert table.count("\n| ") + 1 == len(tasks) * (1 + len(decisions) + ("eager" in runtimes))

@@ -1,14 +1,13 @@
-"""Promise: evaluation plays the trained policy with frozen statistics, repeatably, and ONNX holds the same policy."""
+"""Promise: evaluation plays the trained policy with frozen statistics, repeatably, and comes to an end."""
 
 import random
+import re
 
 import gymnasium as gym
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
-from conftest import noisy_obs
+from conftest import SMALL, run, run_folders
 
 import nfpo_continuous_action as nfpo
 
@@ -30,120 +29,139 @@ def test_seed_decides(hopper_run):
 
 
 def test_leaves_the_world_alone(hopper_run):
-    """Neither the checkpoint nor the caller's random numbers change."""
+    """Neither the run's folder nor the caller's random numbers change."""
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    content = (hopper_run / "checkpoint.pt").read_bytes()
+    content = {file.name: file.read_bytes() for file in hopper_run.iterdir()}
     play(hopper_run, temperature=1.0)
-    assert (hopper_run / "checkpoint.pt").read_bytes() == content
+    assert {file.name: file.read_bytes() for file in hopper_run.iterdir()} == content
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1]) and random.getstate() == states[2]
 
 
 def test_statistics_are_frozen(hopper_run, monkeypatch):
     """No observation of an evaluation enters the statistics."""
-
-    def update(self, batch):
-        raise AssertionError("statistics were updated")
-
-    monkeypatch.setattr(nfpo.RunningMeanStd, "update", update)
+    monkeypatch.setattr(nfpo.RunningMeanStd, "update", lambda *_: pytest.fail("statistics were updated"))
     play(hopper_run)
 
 
-def reference_actions(run_dir, obs: np.ndarray, policy: torch.nn.Module) -> np.ndarray:
-    """The deterministic policy written once more: normalize in numpy, sample at temperature 0, clip to the Box."""
-    checkpoint = nfpo.load_checkpoint(run_dir)
-    stats = {name: x.numpy() for name, x in checkpoint["processes"][0]["collector"]["obs_stats"].items()}
-    policy.load_state_dict(checkpoint["policy"])
-    variance = stats["sum_squares"] / stats["count"]
-    normalized = np.clip((obs - stats["mean"]) / np.sqrt(variance + 1e-8), -10, 10).astype(np.float32)
+def deterministic_actions(run_dir, obs: np.ndarray, env_id: str, policy: torch.nn.Module) -> np.ndarray:
+    """The deployed policy written once more: normalize, sample at temperature 0, rescale from [-1, 1] and clip."""
+    state = nfpo.load_checkpoint(run_dir)["agent"]
+    policy.load_state_dict({name[7:]: value for name, value in state.items() if name.startswith("policy.")})
+    mean, var = state["obs_stats.mean"].numpy(), state["obs_stats.var"].numpy()
+    normalized = np.clip((obs - mean) / np.sqrt(var + 1e-8), -10, 10).astype(np.float32)
     with torch.no_grad():
         action = policy.sample(torch.from_numpy(normalized), temperature=0.0)[0].numpy()
-    space = gym.make(checkpoint["args"]["env_id"]).action_space
-    return np.clip(action, space.low, space.high)
+    space = gym.make(env_id).action_space
+    return np.clip(space.low + (space.high - space.low) * (action + 1) / 2, space.low, space.high)
 
 
-def test_temperature(hopper_run, monkeypatch):
+def test_temperature(train_small, monkeypatch):
     """Temperature 0 plays the mode: one action for one observation; temperature 1 plays the density it trained."""
-    played = []
-    real = nfpo.ResumableEnv.step
-
-    def step(env, action):
-        played.append(action.copy())
-        return real(env, action)
-
-    monkeypatch.setattr(nfpo.ResumableEnv, "step", step)
-    obs = gym.make("Hopper-v4").reset(seed=5)[0]
-    (mode,) = reference_actions(hopper_run, obs[None], nfpo.FlowPolicy(11, 3))
+    run_dir = train_small("Pendulum-v1", learning_rate=0.03)
+    played, step = [], nfpo.Environments.step
+    monkeypatch.setattr(nfpo.Environments, "step", lambda envs, action: (played.append(action), step(envs, action))[1])
     first = {}
     for temperature in (0.0, 0.5, 1.0):
         played.clear()
-        play(hopper_run, seed=5, temperature=temperature, eval_episodes=1)
-        first[temperature] = played[0]
-    assert np.allclose(first[0.0], mode, atol=1e-6)
+        play(run_dir, seed=5, temperature=temperature, eval_episodes=1)
+        first[temperature] = played[1].numpy()  # the first one only looks whether the environment works
+    envs = nfpo.make_envs(nfpo.Args(env_id="Pendulum-v1"), 1, seed=5)
+    mode = deterministic_actions(run_dir, envs.obs.numpy(), "Pendulum-v1", nfpo.FlowPolicy(3, 1))
+    np.testing.assert_allclose(first[0.0], mode, atol=1e-6)
+    assert abs(mode).min() > 1e-3, "0 shows nothing"
     assert not np.allclose(first[0.5], mode, atol=1e-2) and not np.allclose(first[1.0], first[0.5], atol=1e-3)
 
 
 def test_command_line(cli, hopper_run):
-    """--evaluate prints mean and deviation of the returns, and the same seed prints the same."""
-    ended = cli("--evaluate", hopper_run, "--eval-episodes", 3, "--temperature", 1, "--seed", 2)
+    """--evaluate prints mean and deviation of the returns; a checkpoint's path does as well as its folder's."""
+    flags = "--eval-episodes", 3, "--temperature", 1, "--seed", 2
+    ended = cli("--evaluate", hopper_run, *flags)
     returns = play(hopper_run, seed=2, temperature=1.0)
-    assert ended.status == 0 and f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}" in ended.out
-    again = cli("--evaluate", hopper_run / "checkpoint.pt", "--eval-episodes", 3, "--temperature", 1, "--seed", 2)
-    assert again.out == ended.out
+    expected = f"3 episodes, temperature 1: {np.mean(returns):.1f} ± {np.std(returns):.1f}"
+    assert ended.status == 0 and expected in ended.out
+    assert cli("--evaluate", hopper_run / "checkpoint.pt", *flags).out == ended.out
+    assert list(cli.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "env_id, kind, flags",
-    [
-        ("Hopper-v4", "flow", {}),
-        ("InvertedPendulum-v4", "flow", {}),
-        ("Pendulum-v1", "flow", {"num_flow_layers": 3, "learned_base_std": True}),
-        ("Swimmer-v5", "flow", {"num_flow_layers": 3, "hidden_layers": 2, "scale_fn": "asymmetric"}),
-        ("Hopper-v4", "gaussian", {"exp_name": "ppo_continuous_action"}),
-    ],
-)
-def test_onnx_equals_the_policy(env_id, kind, flags, train_small, gaussian, tmp_path):
-    """The exported file maps raw observations to clipped actions as the PyTorch policy does, at any batch size."""
-    policy_class = gaussian if kind == "gaussian" else nfpo.FlowPolicy
-    run_dir = train_small(env_id, policy_class, learning_rate=0.03, **flags)
-    path = tmp_path / "policy.onnx"
-    nfpo.evaluate(run_dir, policy_class, eval_episodes=1, export_onnx=str(path))
-
-    env = gym.make(env_id)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    policy = nfpo.make_policy(policy_class, obs_dim, action_dim, nfpo.Args(**flags))
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for batch in (1, 7, 256):
-        obs = noisy_obs(run_dir, batch)
-        (actions,) = session.run(None, {session.get_inputs()[0].name: obs})
-        assert actions.dtype == np.float32 and actions.shape == (batch, action_dim)
-        expected = reference_actions(run_dir, obs, policy)
-        assert np.abs(actions - expected).max() <= 1e-5
-    assert expected.std(0).min() > 1e-3, "a constant policy shows nothing"
-
-    operators = {node.op_type for node in onnx.load(path).graph.node}
-    assert not {name for name in operators if "Random" in name or name in ("Bernoulli", "Multinomial", "Dropout")}
+def test_returns_are_the_environments(train_small, monkeypatch):
+    """They are sums of raw rewards over whole episodes: Reuse-v0 pays 1 in each of its ten steps."""
+    assert play(train_small("tests.envs:Reuse-v0"), eval_episodes=5) == [10.0] * 5
 
 
-def test_wrong_export_is_refused(cli, hopper_run, monkeypatch, tmp_path):
-    """An exported file that differs from the policy is an error in one line, after the returns, and is deleted."""
-    real = onnxruntime.InferenceSession.run
-    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [real(*args)[0] + 1e-3])
-    ended = cli("--evaluate", hopper_run, "--eval-episodes", 1, "--export-onnx", "policy.onnx")
-    assert ended.status == 1 and ended.err.startswith("error: policy.onnx differs") and ended.err.count("\n") == 1
-    assert "1 episodes of Hopper-v4 at temperature 0: return" in ended.out
-    assert list(tmp_path.iterdir()) == []
+def test_episodes_without_end(train_small, cli, monkeypatch):
+    """They end after 10,000 steps, here 1,000, as the help says, and the bar shows that something happens."""
+    run_dir, time_limit, limits = train_small("tests.envs:Endless-v0"), gym.wrappers.TimeLimit, []
+    monkeypatch.setattr(nfpo, "BAR", {"mininterval": 0.05})
+    monkeypatch.setattr(gym.wrappers, "TimeLimit", lambda env, n: (limits.append(n), time_limit(env, n // 10))[1])
+    ended = cli("--evaluate", run_dir, "--eval-episodes", 1)
+    assert ended.status == 0 and "1 episodes" in ended.out and limits == [10_000]
+    assert len(set(re.findall(r"step (\d+)", ended.err))) > 2
+    assert "10,000 steps" in re.sub(r"[│\s]+", " ", cli("--help").out)
 
 
-def test_large_actions_are_exported(tmp_path):
-    """Where the Box is wide, actions may be far above 1, where float32 rounds to more than 1e-5."""
-    torch.manual_seed(1)
-    policy = nfpo.FlowPolicy(4, 2)
-    for layer in policy.layers:
-        layer.out.weight.data *= 100
-        layer.out.bias.data[1:] = -300.0  # scale, shift
-    deployed = nfpo.DeployedPolicy(policy, nfpo.RunningMeanStd((4,)), np.full(2, -np.inf), np.full(2, np.inf)).eval()
-    obs = torch.randn(64, 4)
-    assert 0 < nfpo.to_onnx(deployed, str(tmp_path / "policy.onnx"), obs.numpy()) < 1e-5
-    session = onnxruntime.InferenceSession(tmp_path / "policy.onnx", providers=["CPUExecutionProvider"])
-    assert np.abs(session.run(None, {"obs": obs.numpy()})[0] - deployed(obs).detach().numpy()).max() > 1e-5
+def test_a_limit_of_its_own_stays(train_small, monkeypatch):
+    """The evaluation's limit is only for environments without one."""
+    run_dir, lengths = train_small("tests.envs:Target-v0"), []
+    step = nfpo.Environments.step
+    monkeypatch.setattr(nfpo.Environments, "step", lambda *inputs: (lengths.append(1), step(*inputs))[1])
+    play(run_dir, eval_episodes=2)
+    assert len(lengths) == 1 + 2 * 10
+
+
+def test_training_without_episodes_end(train_small):
+    """Training on them needs no limit: rollouts go on where the last one stopped, and no return is made up."""
+    run_dir = train_small("tests.envs:Endless-v0")
+    assert nfpo.load_checkpoint(run_dir)["returns"] == []
+
+
+def test_environments_with_arguments(cli):
+    """--env-kwargs reach the environment in training and, from the run, in evaluation."""
+    kwargs = '{"low": 30, "high": 1017, "strict": true}'
+    assert cli(*SMALL, "--env-id", "tests.envs:Target-v0", "--env-kwargs", kwargs).status == 0
+    (run_dir,) = run_folders(cli.folder)
+    assert nfpo.load_checkpoint(run_dir)["args"].env_kwargs == {"low": 30, "high": 1017, "strict": True}
+    assert cli("--evaluate", run_dir, "--eval-episodes", 1).status == 0
+    ended = cli(
+        "--evaluate", run_dir, "--eval-episodes", 1, "--env-kwargs", '{"low": -1, "strict": true, "dtype": "x"}'
+    )
+    assert ended.status == 2 and "dtype" in ended.err + "dtype" and ended.err.count("error: ") == 1
+
+
+SPAWNED = """
+import multiprocessing
+import gymnasium as gym
+import numpy as np
+
+class Mine(gym.Env):
+    observation_space = action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+if __name__ == "__main__":
+    from nfpo_continuous_action import Args, evaluate, train
+
+    multiprocessing.set_start_method("spawn")
+    gym.register("Mine-v0", Mine, max_episode_steps=7)
+    small = dict(num_envs=2, num_steps=32, num_minibatches=2, update_epochs=1, total_timesteps=64)
+    ended = train(Args(env_id="Mine-v0", async_envs=True, compile=False, **small))
+    print(ended["episodic_return"], evaluate(ended["run_dir"], eval_episodes=2))
+"""
+
+
+def test_callers_environments_in_spawned_processes(tmp_path):
+    """An id that only the calling program knows works with --async-envs where processes start from nothing."""
+    (tmp_path / "program.py").write_text(SPAWNED)
+    ended = run(cwd=tmp_path, script=tmp_path / "program.py")
+    assert ended.status == 0 and "7.0 [7.0, 7.0]" in ended.out, ended
+
+
+def test_worker_processes_step_the_same_environments(hopper_run, train_small):
+    """--async-envs changes where environments live and nothing that they do."""
+    there = nfpo.load_checkpoint(train_small("Hopper-v4", async_envs=True))["agent"]
+    for name, here in nfpo.load_checkpoint(hopper_run)["agent"].items():
+        assert torch.equal(there[name], here), name

@@ -4,19 +4,30 @@ import csv
 import math
 import shutil
 import sys
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, SMALL, TWIN, run, run_folders
+from conftest import SMALL, run_folders
 from gymnasium.utils.env_checker import check_env
 from scipy.special import ndtr
 
+import nfpo_continuous_action as nfpo
 from benchmarks import multimodality
+from benchmarks.baselines.ppo_continuous_action import GaussianPolicy
 from benchmarks.baselines.ppo_mixture import MixturePolicy
 from benchmarks.envs.gridworld import REACH, START, TIME_LIMIT
-from benchmarks.multimodality import action_limit, entropy_bits, find_modes, load_run, play, start_density
+from benchmarks.multimodality import (
+    action_limit,
+    entropy_bits,
+    find_modes,
+    load_run,
+    make_agent,
+    play,
+    start_density,
+)
 
 GRIDWORLD, JUMPWORLD = multimodality.BOARDS
 
@@ -99,7 +110,10 @@ def test_actions_are_clipped(env, board):
 
 
 class WideGaussian(torch.nn.Module):
-    """Mean 10 (y, -x) in cells, deviation 5: one mode, and no aim."""
+    """Mean 10 (y, -x) in cells, deviation 5, as shares of the Box: one mode, and no aim."""
+
+    def __init__(self, obs_dim, action_dim):
+        super().__init__()
 
     def sample(self, obs, temperature=1.0):
         mean = 10 * torch.stack([obs[:, 1], -obs[:, 0]], dim=-1)
@@ -109,13 +123,11 @@ class WideGaussian(torch.nn.Module):
 def test_clipping_aims():
     """GridWorld's docstring: a single wide Gaussian reaches all four goals alike, in no more steps than two or three.
     JumpWorld's: it reaches none there."""
-    as_it_is = multimodality.RunningMeanStd()
-    as_it_is.update(np.array([[-1.0, -1.0], [1.0, 1.0]]))  # mean 0, deviation 1
     torch.manual_seed(0)
     on = {}
     for env_id in multimodality.BOARDS:
-        box = gym.make(env_id).action_space
-        on[env_id] = play(env_id, multimodality.DeployedPolicy(WideGaussian(), as_it_is, box.low, box.high), 500)
+        agent = make_agent(gym.make(env_id), WideGaussian, nfpo.Args())  # whose statistics leave positions as they are
+        on[env_id] = play(env_id, agent, 500)
     assert entropy_bits(on[GRIDWORLD].goals) > 1.95 and on[GRIDWORLD].lengths.mean() < 3
     assert (on[GRIDWORLD].goals >= 0).mean() > 0.99
     assert (on[JUMPWORLD].goals >= 0).mean() < 0.1
@@ -164,32 +176,29 @@ def test_frame_shows_start_goals_and_point(env, board):
     assert 0.9 < is_green.sum() / (4 * (2 * REACH * pixels) ** 2) <= 1
 
 
-@pytest.mark.parametrize("script, env_id", [(SCRIPT, GRIDWORLD), (TWIN, JUMPWORLD)], ids=["flow", "gaussian"])
-def test_command_line(script, env_id, tmp_path):
-    """Both scripts train, continue and evaluate on the boards by their ids, without a warning."""
-    ended = run(*SMALL, "--env-id", env_id, cwd=tmp_path, script=script)
-    assert ended.status == 0 and not ended.err, ended.err
-    (run_dir,) = run_folders(tmp_path)
-    for flags in (("--resume", run_dir), ("--evaluate", run_dir, "--no-compile", "--eval-episodes", 2)):
-        ended = run(*flags, cwd=tmp_path, script=script)
-        assert ended.status == 0 and not ended.err, ended.err
-    assert f"2 episodes of {env_id}" in ended.out
+@pytest.mark.parametrize("policy_class, env_id", [(nfpo.FlowPolicy, GRIDWORLD), (GaussianPolicy, JUMPWORLD)])
+def test_command_line(policy_class, env_id, cli):
+    """Both policies train, continue and evaluate on the boards by their ids."""
+    assert cli(*SMALL, "--env-id", env_id, policy_class=policy_class).status == 0
+    (run_dir,) = run_folders(cli.folder)
+    ended = cli("--resume", run_dir, "--total-timesteps", 192, policy_class=policy_class)
+    assert ended.status == 0 and "new ones have started" in ended.out
+    ended = cli("--evaluate", run_dir, "--eval-episodes", 2, policy_class=policy_class)
+    assert ended.status == 0 and "2 episodes, temperature 0" in ended.out
 
 
 @pytest.fixture(scope="module")
-def run_dirs(train_small, gaussian):
+def run_dirs(train_small):
     """A barely trained run of each contender on GridWorld, and one of the flow on JumpWorld."""
-    twin = {"policy_class": gaussian, "exp_name": "ppo_continuous_action"}
-    mixture = {"policy_class": MixturePolicy, "exp_name": "ppo_mixture"}
-    on_gridworld = [train_small(GRIDWORLD, **flags) for flags in ({}, twin, mixture)]
-    return [*on_gridworld, train_small(JUMPWORLD)]
+    policies = nfpo.FlowPolicy, GaussianPolicy, MixturePolicy
+    return [*(train_small(GRIDWORLD, policy, base_std=1.0) for policy in policies), train_small(JUMPWORLD)]
 
 
 @pytest.mark.parametrize("index", [0, 3], ids=["GridWorld", "JumpWorld"])
 def test_episodes_are_the_environment_s(run_dirs, index):
     """Positions move by one step at most, and end in the goal that is named; without one in a pit or at the limit."""
     loaded = load_run(run_dirs[index])
-    episodes, board = play(loaded.env_id, loaded.deployed, 50), loaded.env
+    episodes, board = play(loaded.env_id, loaded.agent, 50), loaded.env
     assert episodes.positions.shape == (episodes.lengths.max() + 1, 50, 2)
     moves = np.abs(np.diff(episodes.positions, axis=0))
     assert np.nanmax(moves) <= board.step_size * board.limit + 1e-6
@@ -211,16 +220,18 @@ def test_density_is_the_policy_s(run_dirs):
     along the columns, whatever the statistics of the observations are."""
     for run_dir in run_dirs:
         loaded = load_run(run_dir)
-        loaded.obs_stats.mean += np.array([2.0, -1.0])  # so that the start is not what the network sees as zero
+        loaded.agent.obs_stats.mean += torch.tensor(
+            [2.0, -1.0]
+        )  # so that the start is not what the network sees as zero
         with torch.no_grad():  # and a policy that looks different along each axis, there more than elsewhere
-            for parameter in loaded.deployed.policy.parameters():
+            for parameter in loaded.agent.policy.parameters():
                 parameter += 0.15 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
         axis, density = start_density(loaded, action_limit(loaded, share=1.0))
         density *= (axis[1] - axis[0]) ** 2
         assert density.sum() == pytest.approx(1, abs=0.01)
-        scaled = torch.from_numpy(multimodality.normalize_obs(loaded.obs_stats, START)).expand(100_000, -1)
+        scaled = loaded.agent.normalize(torch.from_numpy(START)).expand(100_000, -1)
         with torch.no_grad():
-            actions = loaded.deployed.policy.sample(scaled)[0].numpy()
+            actions = loaded.agent.policy.sample(scaled)[0].numpy()
         for marginal, sampled in zip((density.sum(0), density.sum(1)), actions.T):
             mean = (marginal * axis).sum()
             assert mean == pytest.approx(sampled.mean(), abs=0.02)
@@ -234,6 +245,7 @@ def program(monkeypatch, *flags) -> None:
 
 def test_program(run_dirs, tmp_path, monkeypatch, capsys):
     """A row a run, a table and a picture a board; the same seed gives the same rows."""
+    monkeypatch.setattr(multimodality, "start_density", partial(start_density, points=101))
     flags = *run_dirs, "--csv", tmp_path / "a.csv", "--figures", tmp_path, "--episodes", 20
     program(monkeypatch, *flags)
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
@@ -254,16 +266,27 @@ def test_program(run_dirs, tmp_path, monkeypatch, capsys):
 def test_untrained_is_where_training_starts(run_dirs, train_small):
     """The policy before training has the weights that the script starts from: a run with a learning rate of nearly 0
     keeps them."""
-    still = load_run(train_small(GRIDWORLD, learning_rate=1e-30)).deployed.policy.state_dict()
+    still = load_run(train_small(GRIDWORLD, base_std=1.0, learning_rate=1e-30)).agent.policy.state_dict()
     loaded = load_run(run_dirs[0])
     for name, before in loaded.untrained.policy.state_dict().items():
         assert torch.allclose(before, still[name], rtol=0, atol=1e-20), name
-    assert any(not torch.allclose(x, still[name]) for name, x in loaded.deployed.policy.state_dict().items())
+    assert any(not torch.allclose(x, still[name]) for name, x in loaded.agent.policy.state_dict().items())
+
+
+class Stranger(GaussianPolicy):
+    """The Gaussian with a weight that nobody else has."""
+
+    def __init__(self, obs_dim, action_dim):
+        super().__init__(obs_dim, action_dim)
+        self.more = torch.nn.Parameter(torch.zeros(1))
 
 
 def test_bad_runs(run_dirs, train_small, tmp_path, monkeypatch, capsys):
-    """A run of another environment, one that is not finished and one given twice: one line names it."""
+    """A run of another environment, one that is not finished, one of another policy and one given twice: one line
+    names it. The folder over a run's is as good."""
     other = train_small("tests.envs:PointMass-v0")
+    stranger = train_small(GRIDWORLD, Stranger)
+    assert load_run(run_dirs[0].parent)[:3] == (GRIDWORLD, "NFPO", 1)
     unfinished = shutil.copytree(run_dirs[0], tmp_path / "unfinished")
     state = torch.load(unfinished / "checkpoint.pt", weights_only=False)
     state["args"]["total_timesteps"] = 1024
@@ -271,8 +294,10 @@ def test_bad_runs(run_dirs, train_small, tmp_path, monkeypatch, capsys):
     for flags, words in (
         ([other], (str(other), GRIDWORLD, JUMPWORLD)),
         ([unfinished], (str(unfinished), "stopped at step 128")),
+        ([stranger], (str(stranger), "another policy")),
         ([run_dirs[0], run_dirs[1], run_dirs[0]], (f"{GRIDWORLD} NFPO 1 twice",)),
     ):
+        capsys.readouterr()
         with pytest.raises(SystemExit, match="2"):
             program(monkeypatch, *flags)
         error = capsys.readouterr().err

@@ -6,13 +6,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, SMALL, differences, noisy_obs, run, run_folders
+from conftest import noisy_obs
+from test_evaluate import deterministic_actions
 
 import nfpo_continuous_action as nfpo
 from benchmarks.baselines.ppo_mixture import MixturePolicy
 
 OBS_DIM = 5
-SCRIPT = ROOT / "benchmarks" / "baselines" / "ppo_mixture.py"
 
 
 def random_policy(action_dim: int, seed: int = 0, **sizes) -> MixturePolicy:
@@ -122,72 +122,30 @@ def test_temperature_0_is_the_mean_of_the_likeliest_component():
     assert not torch.allclose(first, policy.sample(obs, temperature=1.0)[0])
 
 
+@pytest.mark.parametrize("base_std", [0.5, 1.0])
 @pytest.mark.parametrize("num_components", [1, 2, 5])
-def test_starts_apart_and_as_wide_as_the_twin(num_components):
-    """At initialization no two components lie together, and the mixture has mean 0 and variance 1 nearly."""
+def test_starts_apart_and_as_wide_as_the_twin(num_components, base_std):
+    """At initialization no two components lie together, and the mixture's mean is 0, its deviation base_std nearly."""
     torch.manual_seed(0)
-    mixture = reference(MixturePolicy(OBS_DIM, 6, num_components=num_components), observations(64).float())
-    assert mixture.mean.abs().max() < 0.1 and (mixture.variance - 1).abs().max() < 0.1
+    policy = MixturePolicy(OBS_DIM, 6, num_components=num_components, base_std=base_std)
+    mixture = reference(policy, observations(64).float())
+    assert mixture.mean.abs().max() < 0.1 and (mixture.variance.sqrt() / base_std - 1).abs().max() < 0.1
     means = mixture.component_distribution.mean[0]
-    assert num_components == 1 or torch.pdist(means).min() > 0.5
+    assert num_components == 1 or torch.pdist(means).min() > 0.5 * base_std
 
 
-def test_compiled():
-    """The compiler takes sampling and the whole gradient, forward and backward, and computes what PyTorch does."""
-    torch.manual_seed(0)
-    policy, critic = MixturePolicy(OBS_DIM, 3), nfpo.Critic(OBS_DIM)
-    args = nfpo.Args(num_envs=8, num_steps=1, num_minibatches=1)
-    sample, gradient = nfpo.compile_functions(policy, critic, args, OBS_DIM, 3, torch.device("cpu"))
-    assert sample != policy.sample and gradient is not nfpo.minibatch_gradient  # not given up
-    obs = observations(8).float()
-    action, log_prob = policy.sample(obs)
-    minibatch = obs, action.detach(), log_prob.detach(), *torch.randn(3, 8)
-    expected, _ = nfpo.minibatch_gradient(policy, critic, args, *minibatch)
-    found, _ = gradient(policy, critic, args, *minibatch)
-    torch.testing.assert_close(found, expected)
-    assert sample(obs)[0].shape == (8, 3)
-
-
-def test_command_line(cli, tmp_path, monkeypatch):
-    """The script trains; stopped after its first iteration it resumes bit for bit; it is evaluated and exported."""
-    ended = run(*SMALL, "--env-id", "Hopper-v4", "--learning-rate", 0.03, cwd=tmp_path, script=SCRIPT)
-    assert ended.status == 0, ended.err
-    (folder,) = run_folders(tmp_path)
-    assert folder.name.startswith("Hopper-v4__ppo_mixture__1__")
-    whole = nfpo.load_checkpoint(folder, MixturePolicy)
-    assert whole["iteration"] == 2
-
-    class Stopped(Exception):
-        pass
-
-    def save_and_stop(path, checkpoint):
-        save_checkpoint(path, checkpoint)
-        raise Stopped
-
-    save_checkpoint = nfpo.save_checkpoint
-    same = {name: value for name, value in whole["args"].items() if name != "exp_name"}
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(nfpo, "save_checkpoint", save_and_stop)
-        nfpo.train(nfpo.Args(exp_name="stopped", **same), MixturePolicy)
-    stopped = next(path for path in run_folders(tmp_path) if path != folder)
-    assert nfpo.load_checkpoint(stopped)["iteration"] == 1
-    ended = cli("--resume", stopped, policy_class=MixturePolicy)
-    assert ended.status == 0, ended.err
-    resumed = nfpo.load_checkpoint(stopped)
-    for part in ("iteration", "policy", "critic", "optimizer", "recent_returns", "processes"):
-        assert differences(resumed[part], whole[part]) == [], part
-
-    ended = cli("--evaluate", folder, "--eval-episodes", 1, "--export-onnx", "policy.onnx", policy_class=MixturePolicy)
-    assert ended.status == 0 and "1 episodes of Hopper-v4 at temperature 0" in ended.out, ended.err
-    policy = MixturePolicy(11, 3)
-    policy.load_state_dict(whole["policy"])
-    stats = nfpo.RunningMeanStd()
-    stats.load_state_dict(whole["processes"][0]["collector"]["obs_stats"])
-    deployed = nfpo.DeployedPolicy(policy, stats, -np.ones(3), np.ones(3))
+def test_trained_played_and_exported(cli, train_small):
+    """It trains, plays and resumes with the script's own functions, and its export is the deployed policy."""
+    run_dir = train_small("Hopper-v4", MixturePolicy, learning_rate=0.03, exp_name="ppo_mixture")
+    assert run_dir.name.startswith("Hopper-v4__ppo_mixture__1__")
+    flags = "--evaluate", run_dir, "--eval-episodes", 1, "--export-onnx", "policy.onnx"
+    ended = cli(*flags, policy_class=MixturePolicy)
+    assert ended.status == 0 and "1 episodes, temperature 0" in ended.out, ended.err
     session = onnxruntime.InferenceSession("policy.onnx", providers=["CPUExecutionProvider"])
     for batch in (1, 7, 256):
-        obs = noisy_obs(folder, batch)
-        with torch.no_grad():
-            expected = deployed(torch.from_numpy(obs)).numpy()
-        assert np.abs(session.run(None, {"obs": obs})[0] - expected).max() <= 1e-5
+        obs = noisy_obs(run_dir, batch)
+        expected = deterministic_actions(run_dir, obs, "Hopper-v4", MixturePolicy(11, 3))
+        np.testing.assert_allclose(session.run(None, {"obs": obs})[0], expected, atol=1e-5)
     assert expected.std(0).min() > 1e-3, "a constant policy shows nothing"
+    assert cli("--resume", run_dir, "--total-timesteps", 256, policy_class=MixturePolicy).status == 0
+    assert nfpo.load_checkpoint(run_dir)["global_step"] == 256

@@ -14,11 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nfpo_continuous_action import Args, linear, main  # noqa: E402
 
+FLOW_FLAGS = "--num-flow-layers", "--hidden-layers", "--scale-fn", "--scale-bound", "--learned-base-std"
+
 
 class GaussianPolicy(nn.Module):
-    """A tanh network for the mean and a state-independent log standard deviation, as in CleanRL's PPO."""
+    """A tanh network for the mean and a state-independent log standard deviation, as in CleanRL's PPO, where
+    `base_std`, the standard deviation at the start, is 1."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_dim: int = 64):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_dim: int = 64, base_std: float = 1.0):
         super().__init__()
         self.mean = nn.Sequential(
             linear(obs_dim, hidden_dim),
@@ -27,7 +30,7 @@ class GaussianPolicy(nn.Module):
             nn.Tanh(),
             linear(hidden_dim, action_dim, gain=0.01),
         )
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
+        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(base_std)))
 
     def base_log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Log-density of mean + std * z, with z (B, action_dim) standard normal. -> (B,)."""
@@ -44,5 +47,14 @@ class GaussianPolicy(nn.Module):
         return mean + self.log_std.exp() * z, self.base_log_prob(z)
 
 
+def refuse_flow_flags() -> None:
+    """Exit with one line where the command line sets what only the flow has: it would do nothing here."""
+    given = (x.split("=")[0].replace("_", "-").replace("--no-", "--") for x in sys.argv[1:] if x.startswith("--"))
+    if wrong := set(given).intersection(FLOW_FLAGS):
+        print(f"error: {', '.join(sorted(wrong))}: only the flow has this, {sys.argv[0]} does not", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
+    refuse_flow_flags()
     main(GaussianPolicy, Args(exp_name="ppo_continuous_action"))

@@ -20,15 +20,17 @@ import torch.nn as nn  # noqa: E402
 
 
 class GaussianPolicy(nn.Module):
-    """An ELU network for the mean and a state-independent log standard deviation."""
+    """An ELU network for the mean and a state-independent log standard deviation, `base_std` at first."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_dims: tuple[int, ...] = (96, 96, 64)):
+    def __init__(
+        self, obs_dim: int, action_dim: int, hidden_dims: tuple[int, ...] = (96, 96, 64), base_std: float = 1.0
+    ):
         super().__init__()
         layers = []
         for in_dim, out_dim in zip((obs_dim, *hidden_dims), hidden_dims):
             layers += [linear(in_dim, out_dim), nn.ELU()]
         self.mean = nn.Sequential(*layers, linear(hidden_dims[-1], action_dim, gain=0.01))
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
+        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(base_std)))
 
     def base_log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """Log-density of mean + std * z, with z (B, action_dim) standard normal. -> (B,)."""
@@ -43,12 +45,6 @@ class GaussianPolicy(nn.Module):
         mean = self.mean(obs)
         z = temperature * torch.randn_like(mean) if temperature > 0 else torch.zeros_like(mean)
         return mean + self.log_std.exp() * z, self.base_log_prob(z)
-
-    def kl(self, old: GaussianPolicy, obs: torch.Tensor) -> torch.Tensor:
-        """KL(old || this) at each observation, exact: (B, obs_dim) -> (B,)."""
-        ratio = (2 * (old.log_std - self.log_std)).exp()  # of the variances
-        distance = (old.mean(obs) - self.mean(obs)) * (-self.log_std).exp()
-        return 0.5 * (ratio - 1 - ratio.log() + distance.square()).sum(-1)
 
 
 if __name__ == "__main__":

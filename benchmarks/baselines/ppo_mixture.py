@@ -17,6 +17,7 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.baselines.ppo_continuous_action import refuse_flow_flags  # noqa: E402
 from nfpo_continuous_action import Args, linear, main  # noqa: E402
 
 
@@ -24,9 +25,14 @@ class MixturePolicy(nn.Module):
     """Component weights and means from the Gaussian twin's tanh network; state-independent log standard deviations.
 
     pi(a|o) = sum_k w_k(o) N(a; mean_k(o), diag(std_k^2)), k = 1 .. K
+
+    `base_std` is the standard deviation of the whole mixture at the start, in each dimension, as it is the twin's: it
+    scales the distances between the means as well as the components' own deviations.
     """
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_dim: int = 64, num_components: int = 5):
+    def __init__(
+        self, obs_dim: int, action_dim: int, hidden_dim: int = 64, num_components: int = 5, base_std: float = 1.0
+    ):
         super().__init__()
         self.shape = num_components, action_dim
         self.trunk = nn.Sequential(linear(obs_dim, hidden_dim), nn.Tanh(), linear(hidden_dim, hidden_dim), nn.Tanh())
@@ -34,13 +40,13 @@ class MixturePolicy(nn.Module):
         self.means = linear(hidden_dim, num_components * action_dim, gain=0.01)
         # The observation's share of the means starts small, as in CleanRL. That leaves all components at nearly one
         # place, where each action's gradient is nearly the same for all of them, and they would move as one. So the
-        # biases start apart: in each dimension at the midpoints of K equal parts of [-1, 1], in an order of its own (a
-        # Latin hypercube). Their mean is 0, and the deviations start where the mixture's variance in each dimension is
-        # 1: weights nearly equal, it explores at first as widely as the twin.
+        # biases start apart: in each dimension at the midpoints of K equal parts of [-base_std, base_std], in an order
+        # of its own (a Latin hypercube). Their mean is 0, and the deviations start where the mixture's variance in each
+        # dimension is base_std^2: weights nearly equal, it explores at first as widely as the twin.
         midpoints = (2 * torch.arange(num_components) + 1) / num_components - 1
         biases = torch.stack([midpoints[torch.randperm(num_components)] for _ in range(action_dim)], dim=1)
-        self.means.bias.data.copy_(biases.flatten())
-        log_std = 0.5 * math.log(1 - midpoints.square().mean().item())
+        self.means.bias.data.copy_(base_std * biases.flatten())
+        log_std = math.log(base_std) + 0.5 * math.log(1 - midpoints.square().mean().item())
         self.log_std = nn.Parameter(torch.full(self.shape, log_std))
 
     def components(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,4 +86,5 @@ class MixturePolicy(nn.Module):
 
 
 if __name__ == "__main__":
+    refuse_flow_flags()
     main(MixturePolicy, Args(exp_name="ppo_mixture"))

@@ -7,6 +7,7 @@ Run:     python benchmarks/baselines/ppo_playground_jax.py --env-id CartpoleBala
 import math
 import sys
 from pathlib import Path
+from typing import Optional
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from nfpo_playground_jax import Args, main, orthogonal  # noqa: E402
+from nfpo_playground_jax import Args, linear, main  # noqa: E402
 
 
 class GaussianPolicy(nn.Module):
@@ -22,33 +23,34 @@ class GaussianPolicy(nn.Module):
 
     obs_dim: int
     action_dim: int
+    base_std: float = 1.0  # the deviation at the start
     hidden_dims: tuple[int, ...] = (512, 256, 128)
 
     def setup(self):
-        self.layers = [nn.Dense(width, kernel_init=orthogonal()) for width in self.hidden_dims]
-        self.mean = nn.Dense(self.action_dim, kernel_init=orthogonal(0.01))
-        self.log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
+        self.layers = [linear(width) for width in self.hidden_dims]
+        self.mean_layer = linear(self.action_dim, gain=0.01)
+        self.log_std = self.param("log_std", lambda _: jnp.full(self.action_dim, math.log(self.base_std)))
 
-    def mode(self, obs: jax.Array) -> jax.Array:
-        """The mean, which is the deterministic policy. (B, obs_dim) -> (B, action_dim)."""
+    def mean(self, obs: jax.Array) -> jax.Array:
+        """The deterministic policy. (B, obs_dim) -> (B, D)."""
         for layer in self.layers:
             obs = nn.elu(layer(obs))
-        return self.mean(obs)
+        return self.mean_layer(obs)
 
     def base_log_prob(self, z: jax.Array) -> jax.Array:
-        """Log-density of mean + std * z, with z (B, action_dim) standard normal. -> (B,)."""
+        """Log-density of mean + std * z, with z (B, D) standard normal. -> (B,)."""
         return (-0.5 * (jnp.square(z) + math.log(2 * math.pi)) - self.log_std).sum(-1)
 
     def log_prob(self, obs: jax.Array, action: jax.Array) -> jax.Array:
-        """(B, obs_dim), (B, action_dim) -> (B,)."""
-        return self.base_log_prob((action - self.mode(obs)) * jnp.exp(-self.log_std))
+        """(B, obs_dim), (B, D) -> (B,)."""
+        return self.base_log_prob((action - self.mean(obs)) * jnp.exp(-self.log_std))
 
-    __call__ = log_prob
-
-    def sample(self, obs: jax.Array, key: jax.Array, temperature: float = 1.0) -> tuple[jax.Array, jax.Array]:
-        """(B, obs_dim) -> actions (B, action_dim), log-probabilities (B,) of the policy at temperature 1."""
-        mean = self.mode(obs)
-        z = temperature * jax.random.normal(key, mean.shape)
+    def sample(self, obs: jax.Array, key: Optional[jax.Array], temperature: float = 1.0) -> tuple[jax.Array, jax.Array]:
+        """(B, obs_dim) -> actions (B, D), log-probabilities (B,) of the policy at temperature 1."""
+        mean = self.mean(obs)
+        z = jnp.zeros(mean.shape)
+        if temperature > 0:
+            z = temperature * jax.random.normal(key, mean.shape)
         return mean + jnp.exp(self.log_std) * z, self.base_log_prob(z)
 
 

@@ -1,6 +1,7 @@
 """What the tests of `nfpo_isaacgym.py` share. They run on Python 3.8 and PyTorch 2.4.1, in nox's session `isaacgym`,
 over a stand-in for the simulator (see ../isaacgym_standin/README.md)."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -40,9 +41,13 @@ def environment(simulator=True):
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(*command, cwd, simulator=True, timeout=300) -> Ended:
+def pytest_configure(config):
+    config.addinivalue_line("markers", "refused: IsaacGymEnvs' tasks are refused on the CPU, as for users")
+
+
+def run(*command, cwd, simulator=True, timeout=300, split=True) -> Ended:
     """Run the script, or `command` if it starts with a path, as a user does."""
-    command = [str(word) for part in command for word in (part.split() if isinstance(part, str) else [part])]
+    command = [str(x) for part in command for x in (part.split() if split and isinstance(part, str) else [part])]
     script = [] if command[0].endswith(".py") or command[0].startswith("-m") else [str(SCRIPT)]
     ended = subprocess.run(
         [sys.executable, *script, *command],
@@ -62,24 +67,54 @@ def small_args(**flags):
     return nfpo.Args(**{**small, **flags})
 
 
-def make_collector(args):
-    """A collector over the task of `args`, reset as `train` does it."""
-    nfpo.import_simulator(args.env_id)
-    envs = nfpo.make_envs(args.env_id, args.num_envs, args.seed, args.device, True, args.randomize)
-    collector = nfpo.Collector(envs, args, nfpo.torch.device("cpu"))
-    collector.reset(args.random_initial_steps)
-    return collector
-
-
-def make_networks(collector, policy_class=None, args=None):
-    """A policy and a critic whose outputs are far from zero everywhere."""
-    envs, args = collector.envs, args or small_args()
+def make(args, policy_class=None):
+    """Environments and an agent whose outputs are far from zero everywhere, before the first reset."""
+    envs = nfpo.make_envs(args, args.num_envs, args.seed)
     nfpo.torch.manual_seed(3)
-    policy = nfpo.make_policy(policy_class or nfpo.FlowPolicy, envs.obs_dim, envs.action_dim, args)
-    critic = nfpo.Critic(envs.critic_obs_dim or envs.obs_dim)
-    for parameter in (*policy.parameters(), *critic.parameters()):
+    agent = nfpo.Agent(args, policy_class or nfpo.FlowPolicy, *envs.sizes)
+    for parameter in agent.parameters():
         parameter.data += 0.3 * nfpo.torch.randn_like(parameter)
-    return policy, critic
+    return envs, agent
+
+
+def make_optimizer(agent, args):
+    """One over the vector that the agent's parameters become views of, as in `train`."""
+    parameters = nfpo.nn.Parameter(nfpo.parameters_to_vector(agent.trained()).detach())
+    nfpo.vector_to_parameters(parameters.data, agent.trained())
+    return nfpo.torch.optim.Adam([parameters], lr=args.learning_rate, fused=True)
+
+
+def assert_one_line(ended, *words):
+    """Status 2 and one line on stderr with all these words."""
+    lines = ended.err.strip().splitlines()
+    assert ended.status == 2 and len(lines) == 1, ended
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+
+
+class Cpu(str):
+    """The device `cpu` for PyTorch, and a GPU for the script, which keeps IsaacGymEnvs' tasks off the CPU."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        return False
+
+    def __getitem__(self, key):
+        return "0"
+
+
+@pytest.fixture(autouse=True)
+def isaacgymenvs_on_the_cpu(request, monkeypatch):
+    """The stand-in's tasks run there as well; `refused` marks tests of the refusal."""
+    if "refused" in request.keywords:
+        return
+    right = nfpo.make_isaacgymenvs
+
+    def make_isaacgymenvs(module, task, num_envs, seed, args):
+        return right(module, task, num_envs, seed, argparse.Namespace(**{**vars(args), "device": Cpu("cpu")}))
+
+    monkeypatch.setattr(nfpo, "make_isaacgymenvs", make_isaacgymenvs)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +134,7 @@ def cli(tmp_path, monkeypatch, capsys):
         words = [word for part in flags for word in str(part).split()]
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["nfpo_isaacgym.py", *words])
-        status = 0
+        status, _ = 0, capsys.readouterr()
         try:
             nfpo.main(policy_class or nfpo.FlowPolicy)
         except SystemExit as exit:

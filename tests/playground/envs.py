@@ -87,11 +87,11 @@ class Forever(TestEnv):
 
 
 class Breaks(Lane):
-    """A lane whose simulation leaves the finite numbers a few steps after each start, and does not say so; on one half
-    of the lane the reward does not even show it.
+    """A lane whose simulation breaks a few steps after each start, and does not say so: its numbers become
+    `config.damage`, and on one half of the lane the reward does not even show it.
 
-    As the tasks of robots do, it keeps a running average that a NaN never leaves, a history that it observes, and a
-    count of steps of its own, all in `info`; and one of its metrics is an integer.
+    As the tasks of robots do, it keeps a running average that never recovers, a history that it observes, and a count
+    of steps of its own, all in `info`; and one of its metrics is an integer.
     """
 
     def reset(self, rng):
@@ -102,12 +102,12 @@ class Breaks(Lane):
     def step(self, state, action):
         info = state.info
         state = super().step(state, action)
-        broken = jnp.where(state.data[0] > 3, jnp.nan, 1.0)
+        broken = jnp.where(state.data[0] > 3, float(self._config.damage), 1.0)
         reward = jnp.where(state.data[1] > 0, broken, 1.0) * info["average"] * state.reward
         steps = info["_steps"] + 1
         info = {
             **info,
-            "average": 1.0 * broken + 0.0 * info["average"],
+            "average": info["average"] * broken,
             "history": jnp.stack((broken, info["history"][0])),
             "_steps": jnp.where(steps >= self._config.episode_length, 0, steps),
         }
@@ -126,7 +126,13 @@ class Images(Lane):
 
 def config(episode_length):
     return lambda: config_dict.create(
-        ctrl_dt=0.02, sim_dt=0.02, episode_length=episode_length, action_repeat=1, action_scale=0.5, impl="jax"
+        ctrl_dt=0.02,
+        sim_dt=0.02,
+        episode_length=episode_length,
+        action_repeat=1,
+        action_scale=0.5,
+        impl="jax",
+        damage="nan",
     )
 
 

@@ -1,6 +1,4 @@
-"""A time limit is no death, although environments reset themselves within the step that meets it."""
-
-import functools
+"""Promise: a time limit is no death, although environments reset themselves within the step that meets it."""
 
 import jax
 import jax.numpy as jnp
@@ -8,51 +6,48 @@ import numpy as np
 import pytest
 
 import nfpo_playground_jax as nfpo
-from playground.conftest import learner_and_state, small_args
+from playground.conftest import collect, first_agent, small_args
 
 ENVS, STEPS, LIMIT = 16, 30, 12
 
 
 def rollout_of_diary(**flags):
     """A rollout over several episodes of the environment that counts its steps in its observation."""
-    flags = {"env_id": "tests.playground.envs:Diary", "num_envs": ENVS, "num_steps": STEPS, **flags}
-    learner, state = learner_and_state(**flags)
-    before = jax.device_get(state)
-    state, rollout, metrics = jax.jit(functools.partial(nfpo.collect_rollout, learner))(state)
-    return learner, before, state, rollout, metrics
+    flags = {"env_id": "tests.playground.envs:Diary", "num_envs": ENVS, "num_steps": STEPS, "gamma": 0.9, **flags}
+    args, envs, before = first_agent(total_timesteps=10_000, **flags)
+    return before, *collect(before, envs, args)
 
 
 @pytest.mark.parametrize("full_reset", [False, True], ids=["cached reset", "full reset"])
 def test_next_values_are_those_of_the_states_that_followed(full_reset):
     """At every step, the ends included, the next value is the critic's of the observation after that very step; ends by
     the limit are no terminations."""
-    learner, before, state, rollout, _ = rollout_of_diary(full_reset=full_reset)
+    before, agent, rollout, _ = rollout_of_diary(full_reset=full_reset)
+    obs, _, _, _, _, next_values, terminated, done = map(np.asarray, (rollout[0]["state"], *rollout[1:]))
     # Statistics were fresh, so that normalization only clips, and the diary's numbers stay below 10 with this one.
-    age, episode = np.asarray(rollout.obs["state"]).transpose(2, 0, 1)
-    done, terminated = np.asarray(rollout.done), np.asarray(rollout.terminated)
+    age, episode = obs.transpose(2, 0, 1)
     followed = np.stack((np.minimum(age + 1, 10), episode), -1)
     privileged = np.concatenate((followed, -followed), -1)
-    expected = learner.critic.apply({"params": state.params["critic"]}, privileged)
+    expected = agent.value({"state": followed, "privileged_state": privileged})
     unclipped = age < 9  # where clipping hides nothing
-    np.testing.assert_allclose(rollout.next_values[unclipped], expected[unclipped], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(next_values[unclipped], expected[unclipped], rtol=1e-4, atol=1e-5)
     # The rows themselves say where an episode ended: the next one starts at age 0.
     np.testing.assert_array_equal(done[:-1] == 1, age[1:] == 0)
     assert terminated.sum() > 5 and (done - terminated).sum() > 5
-    steps = np.asarray(before.env_state.info["steps"]) * np.ones((1, ENVS))  # the first episodes start somewhere
+    steps = np.asarray(before.env_state.info["steps"])  # the first episodes start somewhere
+    assert len(np.unique(steps)) > 5
     for t in range(STEPS):
-        truncated = (steps[0] + 1 >= LIMIT) & (terminated[t] == 0)
+        truncated = (steps + 1 >= LIMIT) & (terminated[t] == 0)
         np.testing.assert_array_equal(done[t] - terminated[t] == 1, truncated)
         steps = np.where(done[t] == 1, 0, steps + 1)
-    if full_reset:
-        assert len(np.unique(episode[:, 0])) > 1, "the environment did not start anew"
-    else:
-        assert len(np.unique(episode[:, 0])) == 1, "the environment did not return to its first state"
+    starts = len(np.unique(episode[:, 0]))
+    assert starts > 1 if full_reset else starts == 1, "--full-reset starts anew, the default at the first state"
 
 
 def test_episodes_are_counted_whole():
     """Mean return and length are those of the episodes that ended, without the first, which started in the middle."""
-    _, before, _, rollout, metrics = rollout_of_diary()
-    done, age = np.asarray(rollout.done), np.asarray(rollout.obs["state"])[..., 0]
+    before, _, rollout, metrics = rollout_of_diary()
+    done = np.asarray(rollout[-1])
     returns, lengths = [], []
     for env in range(ENVS):
         whole = before.env_state.info["steps"][env] == 0
@@ -64,59 +59,58 @@ def test_episodes_are_counted_whole():
                     lengths.append(length)
                     returns.append(sum(1 + k for k in range(1, length + 1)))  # the reward is 1 + age
                 whole, length = True, 0
-    assert age.max() > 0 and 5 < len(lengths) < done.sum()
-    assert metrics["charts/episodes"] == len(lengths)
+    assert 5 < len(lengths) < done.sum()
+    assert metrics["charts/episodes"] == len(lengths) and metrics["charts/broken_episodes"] == 0
     assert metrics["charts/episodic_length"] == pytest.approx(np.mean(lengths), rel=1e-5)
     assert metrics["charts/episodic_return"] == pytest.approx(np.mean(returns), rel=1e-5)
-    assert metrics["charts/reward"] == pytest.approx(np.mean(1 + np.minimum(age, 99) + 1), rel=0.2)
-
-
-def test_a_task_that_counts_its_steps_counts_as_we_do():
-    """A task's own count starts where ours starts and starts anew where ours does, after a broken simulation too."""
-    learner, state = learner_and_state(env_id="tests.playground.envs:Breaks", num_envs=ENVS)
-    start = state.env_state.info
-    assert start["_steps"].dtype == jnp.int32 and len(np.unique(start["_steps"])) > 5
-    np.testing.assert_array_equal(start["_steps"], start["steps"])
-    state, rollout, metrics = jax.jit(functools.partial(nfpo.collect_rollout, learner))(state)
-    assert metrics["charts/broken_environments"] > 5 and (rollout.done - rollout.terminated).sum() > 0
-    after = state.env_state
-    np.testing.assert_array_equal(after.info["_steps"], np.where(after.done, 0, after.info["steps"]))
 
 
 def test_discounted_return_starts_anew():
     """What rewards are divided by comes from discounted returns within episodes, and rewards are clipped after it."""
-    learner, before, state, rollout, _ = rollout_of_diary(gamma=0.9)
-    done, age = np.asarray(rollout.done), np.asarray(rollout.obs["state"])[..., 0]
-    # Ages are clipped at 10 in the observation; count them again.
-    start = np.asarray(before.env_state.data)[:, 0]
-    running, count, seen, rewards = np.zeros(ENVS), start.copy(), [], []
+    before, agent, rollout, _ = rollout_of_diary()
+    done, rewards = np.asarray(rollout[-1]), np.asarray(rollout[3])
+    count, running, seen, raw = np.asarray(before.env_state.data)[:, 0], np.zeros(ENVS), [], []
     for t in range(STEPS):
         count = count + 1
-        rewards.append(1 + count)
-        running = 0.9 * running + 1 + count
-        seen.append(running.copy())
+        raw.append(1 + count)
+        running = 0.9 * running + raw[-1]
+        seen.append(running)
         running, count = np.where(done[t], 0, running), np.where(done[t], 0, count)
-    assert age.max() == 10
-    assert state.reward_stats.mean == pytest.approx(np.mean(seen), rel=1e-4)
-    np.testing.assert_allclose(rollout.rewards, np.clip(rewards / np.std(seen), -10, 10), rtol=1e-3)
-    np.testing.assert_allclose(state.discounted_return, running, rtol=1e-4)
+    assert agent.return_stats.mean == pytest.approx(np.mean(seen), rel=1e-4)
+    np.testing.assert_allclose(rewards, np.clip(raw / np.std(seen), -10, 10), rtol=1e-3)
+
+
+def test_statistics_are_those_of_the_observations_acted_on():
+    """Mean and deviation of what was seen, of policy and critic, and not of observations after the last step."""
+    before, agent, rollout, _ = rollout_of_diary()
+    done, data = np.asarray(rollout[-1]), np.asarray(before.env_state.data)
+    age, ages = data[:, 0], []
+    for t in range(STEPS):
+        ages.append(age)
+        age = np.where(done[t], 0, age + 1)
+    stats = agent.obs_stats
+    assert stats.mean["state"][0] == pytest.approx(np.mean(ages), rel=1e-4)
+    assert stats.std["state"][0] == pytest.approx(np.std(ages), rel=1e-4)
+    np.testing.assert_allclose(stats.mean["privileged_state"], [*stats.mean["state"], *-stats.mean["state"]], rtol=1e-5)
+
+
+def test_actions_are_repeated():
+    """A step of an environment that repeats its actions is several of the simulator, and counts as such."""
+    overrides = {"action_repeat": 3, "episode_length": 12}
+    flags = {"env_id": "tests.playground.envs:Forever", "config_overrides": overrides, "random_initial_steps": False}
+    args, envs, agent = first_agent(**flags)
+    _, (*_, terminated, done), metrics = collect(agent, envs, args)
+    np.testing.assert_array_equal(np.flatnonzero(np.asarray(done)[:, 0]), [3, 7])
+    assert not np.asarray(terminated).any()
+    assert metrics["charts/episodic_length"] == 12 and metrics["charts/episodic_return"] == 12
 
 
 def test_value_of_an_endless_reward_is_that_of_an_endless_episode(tmp_path):
     """With reward 1 forever the critic learns 1 / (1 - gamma), although every episode is cut after ten steps."""
-    args = small_args(
-        env_id="tests.playground.envs:Forever",
-        num_envs=64,
-        num_steps=20,
-        total_timesteps=128_000,
-        update_epochs=4,
-        learning_rate=3e-3,
-        gamma=0.9,
-        clip_vloss=False,
-        runs_dir=str(tmp_path),
-    )
-    run_dir = nfpo.train(args)["run_dir"]
-    learner = nfpo.make_learner(args, nfpo.FlowPolicy, nfpo.make_envs(args))
-    state = nfpo.restore(run_dir, "state", *nfpo.describe_state(learner, nfpo.make_mesh(args)))
-    value = learner.critic.apply({"params": state.params["critic"]}, jnp.zeros((1, 2)))[0] * state.reward_stats.std
+    flags = {"env_id": "tests.playground.envs:Forever", "num_envs": 64, "num_steps": 20, "update_epochs": 4}
+    flags |= {"learning_rate": 3e-3, "gamma": 0.9, "clip_vloss": False, "total_timesteps": 128_000}
+    run_dir = nfpo.train(small_args(**flags, runs_dir=str(tmp_path)))["run_dir"]
+    _, _, agent = first_agent(**flags)
+    agent = nfpo.load_checkpoint(run_dir, nfpo.FlowPolicy, agent)["agent"]
+    value = jax.jit(agent.value)({"state": jnp.zeros((1, 2))})[0] * agent.return_stats.std
     assert value == pytest.approx(10, rel=0.1)  # 6.5 where a time limit is taken for a death

@@ -1,6 +1,7 @@
-"""GAE, the loss and the update in JAX against the PyTorch script, which has been checked against brute force."""
+"""Promise: advantages, loss, gradient and update are those of the PyTorch script, which is checked by brute force."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,8 @@ import torch
 
 import nfpo_continuous_action as reference
 import nfpo_playground_jax as nfpo
-from playground.conftest import learner_and_state, small_args
+from playground.conftest import collect, first_agent, small_args, update
 from playground.test_playground_flow import as_torch
-
-
-def collect(learner, state):
-    return jax.jit(functools.partial(nfpo.collect_rollout, learner))(state)
-
-
-def update(learner, state, rollout):
-    return jax.jit(functools.partial(nfpo.ppo_update, learner))(state, rollout)
 
 
 @pytest.mark.parametrize("dtype", [bool, np.float32])
@@ -33,119 +26,131 @@ def test_gae_equals_the_pytorch_script(gae_lambda, dtype):
     assert (truncated & ~terminated).any()
     rollout = (rewards, values, next_values, *flags)
     expected = reference.compute_gae(*map(torch.from_numpy, rollout), 0.97, gae_lambda).numpy()
-    ours = nfpo.compute_gae(*map(jnp.asarray, rollout), 0.97, gae_lambda)
+    ours = jax.jit(nfpo.compute_gae)(*map(jnp.asarray, rollout), 0.97, gae_lambda)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-class TorchCritic(torch.nn.Module):
-    """The JAX critic's weights."""
+def as_torch_agent(agent):
+    """The PyTorch script's agent with the same networks."""
+    policy, layers = as_torch(agent.policy, {"params": agent.params["policy"]}), []
+    for _, dense in sorted(agent.params["critic"].items()):
+        layer = torch.nn.Linear(*dense["kernel"].shape)
+        layer.weight.data = torch.from_numpy(np.array(dense["kernel"]).T.copy())
+        layer.bias.data = torch.from_numpy(np.array(dense["bias"]))
+        layers += [layer, torch.nn.ELU()]
+    critic = torch.nn.Sequential(*layers[:-1], torch.nn.Flatten(0))
+    trained = [x for x in (*policy.parameters(), *critic.parameters()) if x.requires_grad]
+    every = slice(None)
+    return SimpleNamespace(
+        policy=policy, critic=critic, policy_obs=every, critic_obs=every, obs=every, trained=lambda: trained
+    )
 
-    def __init__(self, params):
-        super().__init__()
-        self.weights = [
-            (torch.from_numpy(np.array(x["kernel"])), torch.from_numpy(np.array(x["bias"])))
-            for _, x in sorted(params.items())
-        ]
 
-    def forward(self, obs):
-        for i, (kernel, bias) in enumerate(self.weights):
-            obs = obs @ kernel + bias
-            obs = torch.nn.functional.elu(obs) if i < len(self.weights) - 1 else obs
-        return obs.squeeze(-1)
+def reference_log_prob(agent, obs, actions):
+    """About what the old policy's log-probabilities have to be for some ratios to be clipped and some not."""
+    with torch.no_grad():
+        return as_torch_agent(agent).policy.log_prob(torch.from_numpy(obs), torch.from_numpy(actions)).median()
 
 
-@pytest.mark.parametrize("flags", [{}, {"clip_vloss": False}, {"norm_adv": False, "vf_coef": 0.3}])
+@pytest.mark.parametrize("flags", [{}, {"clip_vloss": False, "norm_adv": False, "vf_coef": 0.3}])
 def test_loss_equals_the_pytorch_script(flags):
-    """Policy loss, value loss, both KL estimates and the clipped share of one minibatch are the same."""
-    learner, state = learner_and_state(**flags)
-    learner = learner._replace(policy=learner.policy.clone(activation=jnp.tanh))
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.PRNGKey(x.size), x.shape), state.params)
+    """Policy loss, value loss, KL estimates, clipped share and the gradient's size of one minibatch are the same."""
+    args, _, agent = first_agent()
+    args = small_args(**flags)
     generator = np.random.default_rng(1)
-    obs, actions = generator.standard_normal((2, 64, 3)).astype(np.float32)
+    params = jax.tree.map(lambda x: x + 0.02 * generator.standard_normal(x.shape).astype(np.float32), agent.params)
+    agent = agent.replace(params=params, policy=agent.policy.clone(activation=jnp.tanh))
+    obs, actions = 0.3 * generator.standard_normal((2, 64, 3)).astype(np.float32)
     log_probs, advantages, returns, values = generator.standard_normal((4, 64)).astype(np.float32)
-    log_probs = log_probs * 0.3 - 4.0
-    batch = nfpo.Batch({"state": obs}, actions, log_probs, advantages, returns, values)
-    loss, metrics = nfpo.minibatch_loss(params, learner, batch, jax.random.PRNGKey(0))
-    policy = as_torch(learner.policy, {"params": params["policy"]})
-    args = reference.Args(**{name: getattr(learner.args, name) for name in ("clip_vloss", "norm_adv", "vf_coef")})
+    log_probs = log_probs * 0.3 + float(reference_log_prob(agent, obs, actions))
+    batch = {"state": obs}, actions, log_probs, advantages, returns, values
+    loss = jax.jit(jax.grad(functools.partial(nfpo.ppo_loss, args=args), has_aux=True))
+    gradient, found = loss(params, agent, key=None, **dict(zip(BATCH, batch)))
     tensors = map(torch.from_numpy, (obs, actions, log_probs, advantages, returns, values))
-    expected, stats = reference.minibatch_loss(policy, TorchCritic(params["critic"]), args, *tensors)
-    assert float(loss) == pytest.approx(expected.item(), rel=1e-4)
+    reference_args = reference.Args(**{name: getattr(args, name) for name in ("clip_vloss", "norm_adv", "vf_coef")})
+    expected_gradient, stats = reference.ppo_gradient(as_torch_agent(agent), reference_args, *tensors)
     names = ("policy_loss", "value_loss", "old_approx_kl", "approx_kl", "clipfrac")
-    assert [float(metrics[f"losses/{name}"]) for name in names] == pytest.approx(stats.tolist(), rel=1e-3, abs=1e-5)
-    assert 0.1 < float(metrics["losses/clipfrac"]) < 0.9
+    assert [float(found[f"losses/{name}"]) for name in names] == pytest.approx(stats.tolist(), rel=1e-3, abs=1e-5)
+    assert 0.1 < float(found["losses/clipfrac"]) < 0.9
+    size = float(np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(gradient))))
+    assert size == pytest.approx(expected_gradient.norm().item(), rel=1e-3)
 
 
-def test_update_takes_every_transition_once_an_epoch():
-    """The minibatches of an epoch are a partition of the rollout."""
-    learner, state = learner_and_state(update_epochs=1)
-    args, seen = learner.args, []
+BATCH = ("obs", "actions", "old_log_probs", "advantages", "returns", "old_values")
 
-    def watch(params, learner, minibatch, key):
-        jax.debug.callback(lambda x: seen.extend(np.asarray(x).tolist()), minibatch.values)
-        return right_loss(params, learner, minibatch, key)
 
-    right_loss = nfpo.minibatch_loss
-    shape = (args.num_steps, args.num_envs)
-    numbers = jnp.arange(args.batch_size, dtype=jnp.float32).reshape(shape)
-    zeros = jnp.zeros(shape)
-    rollout = nfpo.Rollout({"state": zeros[..., None].repeat(3, 2)}, zeros[..., None].repeat(3, 2), *[zeros] * 6)
-    rollout = rollout._replace(values=numbers)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nfpo, "minibatch_loss", watch)
-        nfpo.ppo_update(learner, state, rollout)
-        jax.effects_barrier()
-    assert sorted(seen) == list(range(args.batch_size)) and seen != sorted(seen)
+def test_update_takes_every_transition_once_per_epoch(monkeypatch):
+    """The minibatches of each epoch are a partition of the rollout, in an order of its own."""
+    args, _, agent = first_agent()
+    seen, right_loss = [], nfpo.ppo_loss
+
+    def watch(params, agent, args, key, *batch):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x).tolist()), batch[-1], ordered=True)
+        return right_loss(params, agent, args, key, *batch)
+
+    numbers = jnp.arange(32.0).reshape(8, 4)
+    zeros = jnp.zeros((8, 4))
+    vectors = zeros[..., None].repeat(3, 2)
+    monkeypatch.setattr(nfpo, "ppo_loss", watch)
+    update(agent, args, ({"state": vectors}, vectors, zeros, zeros, numbers, zeros, zeros, zeros))
+    jax.effects_barrier()
+    assert [len(x) for x in seen] == [16] * 4  # 2 epochs of 2 minibatches
+    first, second = seen[0] + seen[1], seen[2] + seen[3]
+    assert sorted(first) == sorted(second) == list(range(32)) and first != second != sorted(first)
+
+
+def test_gradients_are_clipped_and_adam_steps(monkeypatch):
+    """The first step of Adam has the learning rate's size, whatever the gradient's, which is clipped before."""
+    args, envs, agent = first_agent(update_epochs=1, num_minibatches=1, max_grad_norm=1e-3)
+    agent, rollout, _ = collect(agent, envs, args)
+    after, metrics = update(agent, args, rollout)
+    assert metrics["losses/grad_norm"] > 0.1
+    moved = jnp.concatenate([(a - b).ravel() for a, b in zip(*map(jax.tree.leaves, (after.params, agent.params)))])
+    assert 0.5 * 5e-4 < jnp.abs(moved).max() < 1.01 * 5e-4
+    squares = sum(float((x**2).sum()) for x in jax.tree.leaves(after.opt_state.mu))
+    assert squares**0.5 / 0.1 == pytest.approx(1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("approx_kl, factor", [(0.05, 1 / 1.5), (0.001, 1.5), (0.01, 1.0)])
 def test_desired_kl_adapts_the_learning_rate(approx_kl, factor, monkeypatch):
     """rsl_rl's rule: above twice the desired KL the rate is divided by 1.5, below half of it multiplied."""
-    learner, state = learner_and_state(desired_kl=0.01, update_epochs=1, num_minibatches=1)
-    right_loss = nfpo.minibatch_loss
+    args, envs, agent = first_agent(desired_kl=0.01, update_epochs=1, num_minibatches=1)
+    right_loss = nfpo.ppo_loss
 
     def loss(*arguments):
         value, metrics = right_loss(*arguments)
         return value, {**metrics, "losses/approx_kl": jnp.asarray(approx_kl)}
 
-    monkeypatch.setattr(nfpo, "minibatch_loss", loss)
-    state, rollout, _ = collect(learner, state)
-    after, _ = update(learner, state, rollout)
+    monkeypatch.setattr(nfpo, "ppo_loss", loss)
+    agent, rollout, _ = collect(agent, envs, args)
+    after, metrics = update(agent, args, rollout)
     assert float(after.learning_rate) == pytest.approx(5e-4 * factor)
-
-
-def test_running_statistics_are_those_of_all_that_was_seen():
-    """Merged batch by batch, mean and variance are numpy's over everything."""
-    generator = np.random.default_rng(0)
-    batches = [generator.normal(100 * i, 1 + i, (7, 5, 3)).astype(np.float32) for i in range(4)]
-    stats = nfpo.RunningMeanStd.create((3,))
-    for batch in batches:
-        stats = stats.update(jnp.asarray(batch))
-    every = np.concatenate(batches).reshape(-1, 3)
-    np.testing.assert_allclose(stats.mean, every.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(stats.std, every.std(0), rtol=1e-4)
-    assert stats.count == pytest.approx(len(every), abs=1e-2)
+    assert metrics["charts/learning_rate"] == after.learning_rate
 
 
 def test_entropy_bonus_widens_and_action_noise_moves_the_actions():
     """--ent-coef differentiates the entropy of samples; --action-noise compares both policies at the noisy action."""
-    base = {"update_epochs": 1, "num_minibatches": 1, "norm_adv": False, "learned_base_std": True}
+    base = {"update_epochs": 1, "num_minibatches": 1, "norm_adv": False, "base_std": 0.5, "learned_base_std": True}
     log_stds = {}
     for coefficient in (0.0, 10.0):
-        learner, state = learner_and_state(ent_coef=coefficient, **base)
-        state, rollout, _ = collect(learner, state)
-        rollout = rollout._replace(rewards=jnp.zeros_like(rollout.rewards))
-        after, _ = update(learner, state, rollout)
+        args, envs, agent = first_agent(ent_coef=coefficient, **base)
+        agent, rollout, _ = collect(agent, envs, args)
+        obs, actions, log_probs, rewards, *others = rollout
+        after, _ = update(agent, args, (obs, actions, log_probs, jnp.zeros_like(rewards), *others))
         log_stds[coefficient] = np.asarray(after.params["policy"]["base_log_std"])
-    assert (log_stds[10.0] > log_stds[0.0]).all() and (log_stds[10.0] > 0).all()
-    learner, state = learner_and_state(action_noise=0.5, **base)
-    state, rollout, _ = collect(learner, state)
-    _, metrics = update(learner, state, rollout)
-    assert abs(float(metrics["losses/approx_kl"])) < 1e-6  # before the first step both policies are the same
+    assert (log_stds[10.0] > log_stds[0.0]).all() and (log_stds[10.0] > np.log(0.5)).all()
+    args, envs, agent = first_agent(action_noise=0.5, **base)
+    agent, rollout, _ = collect(agent, envs, args)
+    _, noisy = update(agent, args, rollout)
+    assert abs(float(noisy["losses/approx_kl"])) < 1e-6  # before the first step both policies are the same
+    _, plain = update(agent, small_args(**base), rollout)
+    assert abs(float(noisy["losses/grad_norm"] / plain["losses/grad_norm"]) - 1) > 1e-3
 
 
-def test_small_args_are_the_small_flags(cli):
+def test_small_args_are_the_small_flags():
     """What `train` gets in these tests is what the command line gets."""
-    from playground.conftest import SMALL
+    import tyro
 
-    assert nfpo.parse_args([*SMALL, "--env-id", "tests.playground.envs:Lane"]) == small_args()
+    from playground.conftest import FLAGS
+
+    assert tyro.cli(nfpo.Args, args=FLAGS) == small_args()
