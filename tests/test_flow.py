@@ -167,6 +167,7 @@ def test_temperature_scales_the_deviation_of_the_base_noise(learned_base_std, te
     assert standard.mean(0).abs().max() < tolerance
     assert (standard.square().mean(0) - 1).abs().max() < tolerance * math.sqrt(2)
     assert (standard.pow(4).mean(0) - 3).abs().max() < tolerance * math.sqrt(96)
+    assert (torch.corrcoef(standard.T) - torch.eye(3)).abs().max() < tolerance, "each dimension has noise of its own"
 
 
 @pytest.mark.parametrize("scale_fn", SCALE_FNS)

@@ -115,7 +115,7 @@ def test_loss_in_numpy():
     worse = torch.where((value - returns).abs() > (near - returns).abs(), value, near)
     loss = -surrogate.mean() + 0.7 * 0.5 * ((worse - returns) ** 2).mean()
     gradients = torch.autograd.grad(loss, agent.trained(), allow_unused=True, materialize_grads=True)
-    expected = nfpo.parameters_to_vector(gradients)
+    expected = nfpo.parameters_to_vector(gradients).detach()
     np.testing.assert_allclose(gradient, expected, atol=1e-5)
     new, old, ratio = (x.detach().double().numpy() for x in (new, old, ratio))
     numbers = [-surrogate.mean().item(), 0.5 * ((worse - returns) ** 2).mean().item(), -(new - old).mean()]
