@@ -298,7 +298,7 @@ def ppo_gradient(agent, args: Args, obs, actions, old_log_probs, advantages, ret
         approx_kl = (ratio - 1 - log_ratio).mean()  # Schulman's low-variance estimator, joschu.net/blog/kl-approx.html
         clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
         stats = torch.stack((policy_loss, value_loss, -log_ratio.mean(), approx_kl, clip_fraction))
-    return parameters_to_vector(gradients), stats
+    return parameters_to_vector(gradients).detach(), stats
 
 
 def ppo_update(agent, optimizer, args: Args, rollout: tuple[torch.Tensor, ...], gradient_fn) -> dict[str, float]:

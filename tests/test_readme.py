@@ -150,3 +150,16 @@ def test_environment_of_your_own(tmp_path, monkeypatch):
     metrics = {name for name in there["results"] if "/" in name} | {"charts/episodic_return", "charts/episodic_length"}
     explained = set(re.findall(r"^\| `(\w+/\w+)` \|", REFERENCE.read_text(), re.MULTILINE))
     assert metrics == explained
+
+
+def test_copied_policy_works():
+    """The three definitions that README and docs tell to copy need torch and math, and nothing else of the script."""
+    source = Path(nfpo.__file__).read_text()
+    parts = {
+        node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body if hasattr(node, "name")
+    }
+    copy = {"torch": nfpo.torch, "nn": nfpo.nn, "math": nfpo.math}
+    exec("\n".join(parts[name] for name in ("linear", "CouplingLayer", "FlowPolicy")), copy)
+    obs = nfpo.torch.randn(5, 3)
+    action, log_prob = copy["FlowPolicy"](3, 2).sample(obs)
+    assert action.shape == (5, 2) and log_prob.shape == (5,)
