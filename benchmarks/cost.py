@@ -99,7 +99,7 @@ def agents(task: Task) -> dict[str, Agent]:
     """Each contender with policy and critic, fresh; what a robot runs of it is the agent's `forward`."""
     torch.manual_seed(1)
     sizes = {"obs": torch.zeros(1, task.obs_dim), "low": task.low, "high": task.high}
-    envs = SimpleNamespace(policy_obs=..., critic_obs=..., **sizes)
+    envs = SimpleNamespace(policy_obs=slice(None), critic_obs=slice(None), **sizes)
     return {name: Agent(Args(), kind, envs).eval() for name, kind in POLICIES.items()}
 
 

@@ -82,7 +82,9 @@ def make_agent(env: gym.Env, policy_class: type, args) -> Agent:
     """An agent for an environment, as the script makes it."""
     low, high = env.action_space.low, env.action_space.high
     obs = torch.zeros(1, *env.observation_space.shape)
-    return Agent(args, policy_class, SimpleNamespace(policy_obs=..., critic_obs=..., obs=obs, low=low, high=high))
+    return Agent(
+        args, policy_class, SimpleNamespace(policy_obs=slice(None), critic_obs=slice(None), obs=obs, low=low, high=high)
+    )
 
 
 def load_run(folder: Path) -> Run:
