@@ -1,4 +1,4 @@
-"""Promise: bad input gets one message naming the flag, what was given and what is allowed, and leaves nothing behind."""
+"""Promise: bad input gets one message that names flag, given and allowed value, and leaves nothing behind."""
 
 import shutil
 

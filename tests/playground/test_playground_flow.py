@@ -96,7 +96,9 @@ def as_torch(policy, variables):
     names = "hidden_dim num_layers scale_bound scale_fn hidden_layers base_std learned_base_std".split()
     flags = {name: getattr(policy, name) for name in names}
     other = reference.FlowPolicy(policy.obs_dim, policy.action_dim, **flags)
-    params = jax.tree.map(lambda x: torch.from_numpy(np.array(x).T.copy()), variables["params"])  # torch's are (out, in)
+    params = jax.tree.map(
+        lambda x: torch.from_numpy(np.array(x).T.copy()), variables["params"]
+    )  # torch's are (out, in)
     state = {"base_log_std": params["base_log_std"]}
 
     def add(name, dense):

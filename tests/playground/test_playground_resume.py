@@ -85,7 +85,7 @@ def test_a_second_process_is_refused(cli, lane_run, tmp_path):
 
 
 def test_what_orbax_had_not_finished_is_no_checkpoint(cli, lane_run, tmp_path):
-    """A checkpoint half written is not read, although its name starts with a number; without a whole one it is a line."""
+    """A checkpoint half written is not read, although its name starts with a number; alone it is a line."""
     run_dir = shutil.copytree(lane_run, tmp_path / "run")
     (run_dir / "checkpoint" / "96.orbax-checkpoint-tmp-5").mkdir()
     assert nfpo.load_checkpoint(run_dir, nfpo.FlowPolicy)["global_step"] == 64

@@ -12,9 +12,7 @@ from playground.conftest import small_args
 @pytest.mark.parametrize("env_id, sizes", [("Go1JoystickFlatTerrain", (48, 123, 12))])
 def test_a_robot_trains(env_id, sizes, menagerie, tmp_path):
     """The real task takes an iteration on randomized models: the policy sees `state`, the critic `privileged_state`."""
-    args = small_args(
-        env_id=env_id, num_steps=4, total_timesteps=16, domain_randomization=True, runs_dir=str(tmp_path)
-    )
+    args = small_args(env_id=env_id, num_steps=4, total_timesteps=16, domain_randomization=True, runs_dir=str(tmp_path))
     metrics = nfpo.train(args)
     assert metrics["global_step"] == 16 and math.isfinite(metrics["losses/value_loss"])
     envs = nfpo.make_envs(args)

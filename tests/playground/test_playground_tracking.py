@@ -1,4 +1,4 @@
-"""Promise: each number is logged once per iteration, under the names that dashboards read, and no log grows by itself."""
+"""Promise: each number is logged once per iteration, under its usual name, and no log grows by itself."""
 
 import struct
 from pathlib import Path
