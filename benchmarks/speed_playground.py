@@ -179,8 +179,8 @@ def measure(contender: str, args: SpeedArgs, python: str) -> dict:
             report = json.loads(output.strip().splitlines()[-1])
             marks, physics = report["marks"], report["impl"]
         else:
-            run_dir = next(Path(folder).glob("*/args.json")).parent
-            marks, physics = logged_marks(run_dir), json.loads((run_dir / "args.json").read_text())["impl"]
+            marks = logged_marks(next(Path(folder).glob("*/checkpoint")).parent)
+            physics = args.impl or ("warp" if shutil.which("nvidia-smi") else "jax")  # the script's own choice
     (steps, end), (warm_steps, warm_end) = marks[-1], marks[len(marks) * WARM_UP // PARTS - 1]
     if steps != args.steps:
         raise ValueError(f"{NAMES[contender]} took {steps} steps instead of {args.steps}")
