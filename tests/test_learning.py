@@ -21,6 +21,7 @@ def learn(runs_dir):
         num_minibatches=4,
         learning_rate=1e-3,
         base_std=1.0,
+        learned_base_std=False,  # a learned one would hide a wrong sign of the log-determinant
         gamma=0.95,
         gae_lambda=0.6,
         checkpoint_interval=1000,
