@@ -403,14 +403,15 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
     shapes = place(jax.eval_shape(new_agent), args)
     shardings, everywhere = jax.tree.map(lambda x: x.sharding, shapes), shapes.key.sharding
     agent = load(shapes)["agent"] if args.resume else jax.jit(new_agent, out_shardings=shardings)()
-    writer, lock = open_run(args, run_dir, global_step)
+    metrics = checkpoint.get("metrics", {})
+    writer, lock = open_run(args, run_dir, global_step, metrics)
     iterate = partial(train_iteration, envs=envs, args=args)
     with jax.set_mesh(everywhere.mesh):  # the memory of the agent before an iteration serves the one after it
         iterate = jax.jit(iterate, out_shardings=(shardings, everywhere), donate_argnums=0).lower(shapes).compile()
 
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    start_step, start_time, metrics, mean_return = global_step, time.time(), {}, float(np.mean(returns or np.nan))
+    start_step, start_time, mean_return = global_step, time.time(), float(np.mean(returns or np.nan))
     about, is_main = {"policy_class": policy_class.__name__, "args": dataclasses.asdict(args)}, jax.process_index() == 0
     with writer, tqdm(total=num_iterations * batch_size, initial=global_step, disable=not is_main, **BAR) as bar:
         for iteration in range(global_step // batch_size, num_iterations):
@@ -429,9 +430,9 @@ def train(args: Args, policy_class: type = FlowPolicy) -> dict:
                 writer.add_scalar(name, value, global_step)
             keep = args.keep_interval is not None and (iteration + 1) % args.keep_interval == 0
             if keep or iteration % args.checkpoint_interval == 0 or iteration + 1 == num_iterations:
-                writer.flush()  # what is not logged now, no resumed run would log
+                writer.flush()  # but for what is in its queue, the metrics of this iteration
                 for folder, most in (("checkpoint", 1), ("kept", None))[: 1 + keep]:
-                    counts = {"global_step": global_step, "returns": list(returns)}
+                    counts = {"global_step": global_step, "returns": list(returns), "metrics": metrics}
                     save_checkpoint(run_dir / folder, most, agent, about | counts)
     return {**metrics, "run_dir": str(run_dir), "global_step": global_step, "episodic_return": mean_return}
 
@@ -591,8 +592,8 @@ def make_envs(args: Args):
         raise BadInput(f"--env-id is {args.env_id}, which does not work: {reason}") from error
 
 
-def open_run(args: Args, run_dir: Path, global_step: int) -> tuple[SummaryWriter, FileLock]:
-    """The run's log, in which a resumed run overwrites its future, and the lock that keeps a second process away."""
+def open_run(args: Args, run_dir: Path, global_step: int, metrics: dict) -> tuple[SummaryWriter, FileLock]:
+    """The run's log, from the last checkpoint and its metrics on, and the lock that keeps a second process away."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / f".lock-{jax.process_index()}", timeout=0)
     lock.acquire()
@@ -603,7 +604,9 @@ def open_run(args: Args, run_dir: Path, global_step: int) -> tuple[SummaryWriter
 
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_dir.name}
         wandb.init(**names, resume="allow", sync_tensorboard=True, config=config, allow_val_change=True)
-    writer = SummaryWriter(str(run_dir), purge_step=global_step + 1, write_to_disk=jax.process_index() == 0)
+    writer = SummaryWriter(str(run_dir), purge_step=global_step, write_to_disk=jax.process_index() == 0)
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, global_step)
     writer.add_text("hyperparameters", "\n".join(f"    {name} = {value}" for name, value in config.items()))
     return writer, lock
 

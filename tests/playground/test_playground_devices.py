@@ -12,8 +12,9 @@ import pytest
 import nfpo_playground_jax as nfpo
 from playground.conftest import FLAGS, finish, first_agent, run_folder, saved, small_args, start
 
-PARALLEL = {"num_envs": 8, "num_steps": 16, "total_timesteps": 256}
-PARALLEL_FLAGS = [*FLAGS, *"--num-envs 8 --num-steps 16 --total-timesteps 256".split()]
+PARALLEL = {"num_envs": 8, "num_steps": 16, "total_timesteps": 256, "hidden_dim": 32, "critic_hidden_dims": (32, 32)}
+PARALLEL_FLAGS = [*FLAGS, *"--num-envs 8 --num-steps 16 --total-timesteps 256 --hidden-dim 32".split()]
+PARALLEL_FLAGS += ["--critic-hidden-dims", 32, 32]
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +46,15 @@ def test_two_devices_are_as_one(one_device, tmp_path):
 
 def test_two_devices_share_the_work():
     """The compiled iteration computes half of the environments and half of each minibatch on each of two devices."""
+    _, envs, agent = first_agent(**PARALLEL)
     flops = []
     for num_devices in (1, 2):
-        flags = {"num_envs": 64, "hidden_dim": 64, "critic_hidden_dims": (64, 64), "total_timesteps": 512}
-        args, envs, agent = first_agent(num_devices=num_devices, **flags)
-        shapes = nfpo.place(jax.eval_shape(lambda: agent), args)  # noqa: B023
+        args = small_args(num_devices=num_devices, **PARALLEL)
+        shapes = nfpo.place(jax.eval_shape(lambda: agent), args)
         iterate = jax.jit(functools.partial(nfpo.train_iteration, envs=envs, args=args))
         with jax.set_mesh(shapes.key.sharding.mesh):
             flops.append(iterate.lower(shapes).compile().cost_analysis()["flops"])
+    print(flops)
     assert flops[1] < 0.6 * flops[0]
 
 
