@@ -163,7 +163,7 @@ def update_and_compare(agent, optimizer, args, rollout, gradient_fn):
 seen, nfpo.ppo_update = [], update_and_compare
 small = dict(num_envs=8, num_steps=6, num_minibatches=2, update_epochs=2, hidden_dim=8, compile=False, device="cpu")
 nfpo.train(nfpo.Args(env_id="cartpole", normalize_obs=True, desired_kl=0.01, total_timesteps=3 * 2 * 48, **small))
-print(len(seen), "iterations agree", flush=True)
+assert len(seen) == 3
 """
 
 
@@ -173,7 +173,7 @@ def test_two_processes_train_as_one(tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER.format(root=str(SCRIPT.parent)))
     torchrun = ("-m torch.distributed.run --nproc_per_node=2 --master_port", str(20000 + os.getpid() % 10000))
     ended = run(*torchrun, "driver.py", cwd=tmp_path)
-    assert ended.status == 0 and ended.out.count("3 iterations agree") == 2, ended
+    assert ended.status == 0, ended
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert nfpo.load_checkpoint(run_dir)["global_step"] == 3 * 2 * 48
     assert [step for step, _ in scalars(run_dir)["losses/policy_loss"]] == [96, 192, 288]
