@@ -227,7 +227,7 @@ def collect_rollout(agent, envs, act, args: Args) -> tuple[torch.Tensor, ...]:
         agent.obs_stats.update(envs.obs)
         obs, action, log_prob, boxed_action = act(envs.obs)  # lines 4-6
         reward, terminated, done, final = envs.step(boxed_action)  # line 7
-        envs.discounted_return = args.gamma * envs.discounted_return + reward
+        envs.discounted_return.mul_(args.gamma).add_(reward)
         agent.return_stats.update(envs.discounted_return[:, None])
         reward = (reward / (agent.return_stats.var + 1e-8).sqrt()).clamp(-10, 10).float()
         envs.discounted_return[done] = 0.0  # the next episode's starts anew
@@ -404,10 +404,10 @@ class RunningMeanStd(nn.Module):
         sums = torch.stack((torch.full_like(self.mean, len(batch)), deviation.sum(0), deviation.square().sum(0)))
         if dist.is_initialized():
             dist.all_reduce(sums)
-        self.count += sums[0, :1]
+        self.count.add_(sums[0, :1])
         shift = sums[1] / self.count
         self.var.copy_((self.var * (self.count - sums[0, :1]) + sums[2]) / self.count - shift.square())
-        self.mean += shift
+        self.mean.add_(shift)
 
 
 class Agent(nn.Module):
@@ -461,7 +461,8 @@ class Environments(nn.Module):
         size = obs["state"].shape[1] if isinstance(obs, dict) and "privileged_state" in obs else None
         self.policy_obs, self.critic_obs = slice(size), slice(size, None)  # all of it, unless a part is privileged
         self.episodes = []  # [return, length] of those that have ended
-        self.register_buffer("obs", self.flatten(obs).nan_to_num(0.0, 0.0, 0.0))
+        obs = self.flatten(obs)
+        self.register_buffer("obs", torch.where(obs.abs() < HUGE, obs, 0.0))
         self.register_buffer("discounted_return", torch.zeros(num_envs, dtype=torch.float64))
         self.register_buffer("episode", torch.zeros(2, num_envs, dtype=torch.float64))  # return and length so far
         self.register_buffer("broken_episodes", torch.zeros(1, dtype=torch.int64))
@@ -483,7 +484,7 @@ class Environments(nn.Module):
             tqdm.write(f"Environment {where} of {self.env_id}: a reward or observation is not finite; its episode ends")
             self.broken_episodes += len(where)
             obs[broken], reward[broken], terminated[broken], done[broken] = self.obs[broken], 0.0, False, True
-        self.episode += torch.stack((reward, torch.ones_like(reward)))
+        self.episode.add_(torch.stack((reward, torch.ones_like(reward))))
         final_obs = obs[done]
         if done.any():
             self.episodes += self.episode[:, done].T.tolist()
@@ -533,9 +534,8 @@ def make_envs(args: Args, num_envs: int, seed: int, film: Optional[Path] = None)
             if film:
                 os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL") or "egl"  # off-screen, without a display
                 kwargs["render_mode"] = "rgb_array"
-                film = {"video_folder": str(film.parent), "name_prefix": film.name}
-                film["episode_trigger"] = lambda episode: episode < args.eval_episodes
-                wrappers.append(partial(gym.wrappers.RecordVideo, **film))
+                record = partial(gym.wrappers.RecordVideo, episode_trigger=lambda episode: episode < args.eval_episodes)
+                wrappers.append(partial(record, video_folder=str(film.parent), name_prefix=film.name))
             mode = "async" if args.async_envs else "sync"
             options = {"copy": False, "autoreset_mode": gym.vector.AutoresetMode.DISABLED}
             envs = gym.make_vec(args.env_id, num_envs, mode, options, wrappers, disable_env_checker=True, **kwargs)
@@ -671,7 +671,7 @@ def main(policy_class: type = FlowPolicy, defaults: Optional[Args] = None) -> No
                 print(f"Play it: python {sys.argv[0]} --evaluate {run_dir!r} [--export-onnx policy.onnx]")
                 if args.capture_video:
                     evaluate(run_dir, policy_class, capture_video=True)
-    except (BadInput, FloatingPointError, OSError) as error:
+    except (BadInput, FloatingPointError, OSError, AssertionError) as error:
         tqdm.write("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(3 if isinstance(error, FloatingPointError) else 2)
 

@@ -81,7 +81,7 @@ def test_rollout_is_clean():
     assert envs.broken_episodes.item() == 3
 
 
-@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("value", [NAN, INF, 1e20])
 def test_first_observations_may_break_too(value, train_small):
     """What a reset returns is an observation like any other: it reaches neither the statistics nor the networks."""
     run_dir = train_small("tests.envs:Broken-v0", num_envs=4, env_kwargs={"what": "reset", "value": value})
