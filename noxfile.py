@@ -45,3 +45,10 @@ def isaacgym(session: nox.Session) -> None:
     session.install("-r", "requirements/isaacgym.txt", "pytest==8.3.5", "pytest-xdist==3.6.1")
     # tests/conftest.py is the PyTorch 2.13 script's.
     session.run(*PYTEST, "--confcutdir=tests/isaac", "tests/isaac", *session.posargs)
+
+
+@nox.session(python="3.11")
+def rewarped(session: nox.Session) -> None:
+    """rfo_rewarped.py over Rewarped on the CPU, whose old dependencies fit no other session."""
+    session.install("-r", "requirements/rewarped.txt", "pytest==9.2.0", "pytest-xdist==3.8.0")
+    session.run(*PYTEST, "--confcutdir=tests/rewarped", "tests/rewarped", *session.posargs)
