@@ -425,9 +425,8 @@ def make_envs(args: Args, num_envs: int, no_grad: bool = False) -> Environments:
     """`num_envs` environments. Raises BadInput with why they do not work."""
     module, _, name = args.env_id.rpartition(":")
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # warp looks, and is right
-    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
     try:
-        with quiet[0], quiet[1], warnings.catch_warnings(action="ignore"):  # notices of old libraries, and models
+        with silence():  # notices of old libraries, and the models
             try:
                 import warp
 
@@ -446,6 +445,25 @@ def make_envs(args: Args, num_envs: int, no_grad: bool = False) -> Environments:
             return Environments(classes[0](num_envs=num_envs, **options, **args.env_kwargs), args.env_id)
     except Exception as error:  # whatever a simulator raises, its user wants the sentence, not the stack
         raise BadInput(f"--env-id {args.env_id} does not work: {str(error) or type(error).__name__}") from error
+
+
+@contextlib.contextmanager
+def silence():
+    """Nothing is printed, be it by Python or by a library in C; warnings neither."""
+    saved, null = [(fd, os.dup(fd)) for fd in (1, 2)], os.open(os.devnull, os.O_WRONLY)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        for fd, _ in saved:
+            os.dup2(null, fd)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with warnings.catch_warnings(action="ignore"):
+                yield
+    finally:
+        for fd, copy in saved:
+            os.dup2(copy, fd)
+            os.close(copy)
+        os.close(null)
 
 
 def open_run(args: Args, run_dir: Path, global_step: int) -> tuple:
