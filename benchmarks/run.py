@@ -16,7 +16,7 @@ There are two editions, and a variant's name means another command in each:
      the environment's box, not rescaled to it. Check that commit out to repeat them. The flags below are the same
      settings for today's script, which gives the same task only where the box is ±1: not on Humanoid (±0.4) and
      JumpWorld (±4). `report.py` takes what has ended into the table.
-  2. S1b and boxes, in `runs_v2.csv`: the script's defaults. Each run is added when it ends.
+  2. S1b, tuning and boxes, in `runs_v2.csv`: the script's defaults. Each run is added when it ends.
 """
 
 import dataclasses
@@ -49,6 +49,8 @@ BUSY = -2
 
 NFPO = "nfpo_continuous_action.py"
 PPO, MIXTURE = "benchmarks/baselines/ppo_continuous_action.py", "benchmarks/baselines/ppo_mixture.py"
+MEAN = "benchmarks/baselines/nfpo_mean.py"
+TUNED = {"NFPO": NFPO, "NFPO-mean": MEAN, "PPO": PPO}  # each at three learning rates, with 4 and with 10 epochs
 A3 = "--num-envs 1 --num-steps 2048 --base-std 1"  # the paper's Section A.3, with one of these two:
 PAPER, STD = f"{NFPO} {A3} --no-learned-base-std", f"{NFPO} {A3} --learned-base-std"
 BOARD = "--num-envs 64 --num-steps 64 --num-minibatches 4 --gamma 0.9 --no-compile --base-std 1"
@@ -86,14 +88,22 @@ VARIANTS = {
         "NFPO": f"{NFPO} --envpool",
         "NFPO-paper": f"{NFPO} --envpool --base-std 1 --no-learned-base-std",  # base N(0, I)
         "NFPO-volume": f"{NFPO} --envpool --scale-fn zero",
+        "NFPO-mean": f"{MEAN} --envpool",
         "PPO": f"{PPO} --envpool",
+        "PPO-mixture": f"{MIXTURE} --envpool",
         "NFPO-gymnasium": NFPO,
+        **{
+            f"{name}-lr{rate}-e{epochs}": f"{script} --envpool --learning-rate {rate} --update-epochs {epochs}"
+            for name, script in TUNED.items()
+            for rate in ("1.5e-4", "3e-4", "6e-4")
+            for epochs in (4, 10)
+        },
     },
 }
 
 
 class Experiment(NamedTuple):
-    """What one figure needs: every environment x variant x seed, the seeds counted from 1."""
+    """What one figure needs: every environment x variant x seed, the seeds counted from `first_seed`."""
 
     name: str
     env_ids: tuple[str, ...]
@@ -101,11 +111,13 @@ class Experiment(NamedTuple):
     seeds: int
     total_timesteps: int
     edition: int = 1
+    first_seed: int = 1
 
 
 MUJOCO = ("Humanoid-v4", "Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4")
 EASIER = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4")
-S1B = "NFPO", "NFPO-paper", "NFPO-volume", "PPO"
+S1B = "NFPO", "NFPO-paper", "NFPO-volume", "NFPO-mean", "PPO"
+TUNING = tuple(name for name in VARIANTS[2] if "-lr" in name)
 BOXES = "Humanoid-v4", "benchmarks.envs.raw:RawHumanoid-v4"  # actions rescaled to the box, and clipped to it
 ABLATION = ("Humanoid-v4", "Hopper-v4")
 GRIDWORLD, JUMPWORLD = "benchmarks.envs.gridworld:GridWorld-v0", "benchmarks.envs.gridworld:JumpWorld-v0"
@@ -129,6 +141,10 @@ GRID = [
     Experiment("4", ABLATION, ("NFPO", "entropy-0.001", "entropy-0.01", "noise-0.05", "noise-0.2"), 3, 500_000),
     Experiment("S1b", MUJOCO[:1], S1B, 10, 1_000_000, edition=2),
     Experiment("S1b", MUJOCO[1:], S1B, 5, 1_000_000, edition=2),
+    Experiment("S1b", ("Humanoid-v4",), ("PPO-mixture",), 10, 1_000_000, edition=2),
+    Experiment("S1b", ("HalfCheetah-v4",), ("PPO-mixture",), 5, 1_000_000, edition=2),
+    # Two seeds that no comparison uses choose a contender's setting.
+    Experiment("tuning", MUJOCO, TUNING, 2, 1_000_000, edition=2, first_seed=101),
     Experiment("boxes", BOXES, ("NFPO-gymnasium",), 3, 1_000_000, edition=2),
 ]
 
@@ -378,10 +394,10 @@ def select(args: RunArgs, grid: list[Experiment] = GRID) -> list[Run]:
         if unknown := set(wanted) - known:
             sys.exit(f"error: {flag} has {', '.join(sorted(unknown))}, allowed are {', '.join(sorted(known))}")
     runs = [
-        Run(env_id, variant, seed, experiment.total_timesteps, experiment.edition)
-        for seed in range(1, 1 + max(experiment.seeds for experiment in grid))
+        Run(env_id, variant, experiment.first_seed + number, experiment.total_timesteps, experiment.edition)
+        for number in range(max(experiment.seeds for experiment in grid))
         for experiment in grid
-        if seed <= experiment.seeds and (not args.experiments or experiment.name in args.experiments)
+        if number < experiment.seeds and (not args.experiments or experiment.name in args.experiments)
         for env_id in experiment.env_ids
         for variant in experiment.variants
     ]
