@@ -22,6 +22,8 @@ pytest.importorskip("submitit", reason="pip install -r requirements/benchmarks.t
 pytest.importorskip("rliable", reason="pip install -r requirements/benchmarks.txt")
 
 import tiny_grid  # noqa: E402
+from rliable import metrics  # noqa: E402
+from scipy.stats import trim_mean  # noqa: E402
 
 import benchmarks.report as report  # noqa: E402
 import benchmarks.run as runner  # noqa: E402
@@ -273,7 +275,7 @@ def test_variants_are_valid_commands(monkeypatch):
                 assert args.learned_base_std == ("--learned-base-std" in flags)
     for experiment in runner.GRID:
         assert set(experiment.variants) <= set(runner.VARIANTS[experiment.edition]), experiment.name
-    shown = {variant for rows in report.ABLATION_ROWS.values() for variants in rows.values() for variant in variants}
+    shown = {variant for _, _, variants in report.ROWS for variant in variants}
     assert shown <= {variant for e in runner.GRID for variant in e.variants if e.total_timesteps == 500_000}
 
 
@@ -381,6 +383,10 @@ def test_speed_program(tmp_path, monkeypatch, capsys):
 # The report
 # ----------------------------------------------------------------------------------------------------------------------
 
+PAGES = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # as report.py has them
+FIRST_EDITION, DOCS = ROOT / "docs" / "results_first_edition.md", ROOT / "docs" / "nfpo_continuous_action.md"
+TASKS = tuple("ABCDE")
+
 
 @pytest.fixture(autouse=True)
 def fewer_resamples(monkeypatch):
@@ -388,32 +394,53 @@ def fewer_resamples(monkeypatch):
     monkeypatch.setattr(report, "RESAMPLES", 30)
 
 
+def results_of(scores: dict, **columns) -> report.Results:
+    """Results with these training scores: {variant: {task: one score a seed, None where the run broke, NaN where it is
+    missing}}. Deployed scores are the same; `columns` replaces a column or adds one."""
+    rows = [
+        (task, variant, seed, "broke" if score is None else None if np.isnan(score) else "finished", score)
+        for variant, by_task in scores.items()
+        for task, values in by_task.items()
+        for seed, score in enumerate(values, 1)
+    ]
+    runs = pd.DataFrame(rows, columns=["env_id", "variant", "seed", "status", report.TRAINING])
+    runs = runs.assign(**{report.DEPLOYED: runs[report.TRAINING], report.LOG_DET: np.nan} | columns)
+    return report.Results(runs.astype({report.TRAINING: float, report.DEPLOYED: float}))
+
+
 @pytest.fixture
-def reported(grid, tmp_path, monkeypatch, capsys):
-    """The report of the tiny grid, twice in a row as after two sessions; the folder it wrote to."""
-    for name, value in {"MUJOCO": ("Hopper-v4",) * 5, "ABLATION": ("Hopper-v4",)}.items():
-        monkeypatch.setattr(report, name, value)
-    monkeypatch.setattr(report, "STEPS_1M", 512)
-    monkeypatch.setattr(report, "STEPS_ABLATION", 512)
-    (tmp_path / "README.md").write_bytes((ROOT / "benchmarks" / "README.md").read_bytes())
-    (tmp_path / "docs.md").write_bytes((ROOT / "docs" / "nfpo_continuous_action.md").read_bytes())
-    places = {"runs-dir": grid[0] / "runs", "results": "results", "figures": "figures", "readme": "README.md"}
-    places["docs"] = "docs.md"
-    monkeypatch.setattr(sys, "argv", ["report.py", *(f"--{k}={tmp_path / v}" for k, v in places.items())])
-    report.main()
-    first = (tmp_path / "results" / "runs.csv").read_bytes()
-    for name in ("figure_s1", "figure_s1_aggregate", "figure_s1_updates", "figure_ablation"):
-        monkeypatch.setattr(report, name, lambda *_: None)  # once is enough
-    report.main()
-    assert (tmp_path / "results" / "runs.csv").read_bytes() == first
-    return tmp_path
+def write_report(tmp_path, monkeypatch, capsys):
+    """Runs the report on copies of the pages and returns their texts. The tables are emptied first, so that one that
+    is not written again does not pass for one that is."""
+    copies = [tmp_path / page.relative_to(ROOT) for page in PAGES]
+    for page, copy in zip(PAGES, copies):
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(re.sub(r"(<!-- report: .*? -->\n).*?(<!-- end)", r"\1\2", page.read_text(), flags=re.DOTALL))
+
+    def write_report(**places) -> dict[Path, str]:
+        flags = [f"--{name.replace('_', '-')}={tmp_path / place}" for name, place in places.items()]
+        monkeypatch.setattr(sys, "argv", ["report.py", *flags, "--pages", *map(str, copies)])
+        report.main()
+        return {page: copy.read_text() for page, copy in zip(PAGES, copies)}
+
+    return write_report
 
 
-def test_report_of_the_tiny_grid(grid, reported):
-    """What ended is in the CSV files with the numbers of its events, what failed is not; the page has its tables."""
+def test_report_of_the_tiny_grid(grid, tmp_path, monkeypatch, write_report):
+    """What ended is in the CSV files with the numbers of its events, what failed is not, and taking it in a second time
+    changes nothing. The pages have its tables."""
     from conftest import scalars
 
-    runs = pd.read_csv(reported / "results" / "runs.csv").set_index("variant")
+    monkeypatch.setattr(runner, "GRID", tiny_grid.GRID)
+    monkeypatch.setattr(report, "MUJOCO", ("Hopper-v4",))
+    monkeypatch.setattr(report, "ABLATION", ("Hopper-v4",))
+    places = {"runs_dir": grid[0] / "runs", "results": "results", "figures": "benchmarks/figures"}
+    pages = write_report(**places)
+    before = (tmp_path / "results" / "runs.csv").read_bytes()
+    write_report(**places)
+    assert (tmp_path / "results" / "runs.csv").read_bytes() == before
+
+    runs = pd.read_csv(tmp_path / "results" / "runs.csv").set_index("variant")
     assert set(runs.index) == {"NFPO", "PPO", "scale-none"}
     assert list(runs.status[["NFPO", "PPO", "scale-none"]]) == ["finished", "finished", "broke"]
     assert runs.steps["NFPO"] == 512 and runs.steps["scale-none"] < 512
@@ -422,63 +449,163 @@ def test_report_of_the_tiny_grid(grid, reported):
     assert returns
     assert runs.last_100_episodes["NFPO"] == pytest.approx(np.mean(returns[-100:]), rel=1e-3)
     assert runs.evaluation["NFPO"] > 0 and runs.torch["NFPO"].startswith("2.")
-
-    curves = pd.read_csv(reported / "results" / "curves" / "Hopper-v4.csv")
+    curves = pd.read_csv(tmp_path / "results" / "curves" / "Hopper-v4.csv")
     mine = curves[curves.variant == "NFPO"].set_index("step")
     for step, value in points["losses/approx_kl"]:
         edge = int(np.ceil(step / 10.24) * 10.24)  # 50 bins of 512 steps: an iteration each has a bin of its own
         assert mine.approx_kl[edge] == pytest.approx(value, rel=1e-3)
-    page = (reported / "README.md").read_text()
-    assert "| NFPO beats PPO on Humanoid | Fig. S1 |" in page
-    for text in (page, (reported / "docs.md").read_text()):
+    results = report.Results.load(tmp_path / "results", "S1")
+    assert results.scores("Hopper-v4", "NFPO", report.LOG_DET).tolist() == [mine.log_det.dropna().iloc[-1]]
+
+    assert "| NFPO beats PPO on Humanoid | NFPO against PPO: runs are missing | open |" in pages[PAGES[0]]
+    for text in (pages[FIRST_EDITION], pages[DOCS]):
         assert f"| NFPO | {runs.last_100_episodes['NFPO']:.0f} (1) |" in text
         assert f"| NFPO | {runs.evaluation['NFPO']:.0f} (1) |" in text
-    for name in ("figure_S1.png", "figure_S1_aggregate.png", "figure_2.png"):
-        assert (reported / "figures" / name).stat().st_size > 10_000, name
+    assert "| scale-none | -, 1 broke |" in pages[FIRST_EDITION]
+    for name in ("figure_S1.png", "figure_2.png"):
+        assert (tmp_path / "benchmarks" / "figures" / name).stat().st_size > 10_000, name
+        assert f"![{name}](../benchmarks/figures/{name})" in pages[FIRST_EDITION]
+
+
+def test_results_of_a_readers_own(tmp_path, write_report):
+    """A folder without any file gives pages that say so."""
+    pages = write_report(runs_dir="none", results="none", figures="figures")
+    assert not list((tmp_path / "figures").iterdir()) and "No runs yet." in pages[FIRST_EDITION]
+    (summary,) = re.findall(r"<!-- report: summary -->\n(.*?)\n<!-- end", pages[PAGES[0]], re.DOTALL)
+    assert {line.split(" | ")[2].split(" (")[0] for line in summary.splitlines()[2:]} == {"open"}
+
+
+def test_committed_tables_are_of_the_committed_results(monkeypatch, write_report):
+    """Every table that the report writes is on the pages as the CSV files beside them give it: one that was edited by
+    hand or left behind by new runs is no result."""
+    monkeypatch.setattr(report, "RESAMPLES", 2000)
+    link = "![{0}](figures/{0})\n\n".format
+    monkeypatch.setattr(report, "figure", lambda results, path, *_: link(path.name) if results.variants else "")
+    assert write_report(runs_dir="none", figures="benchmarks/figures") == {page: page.read_text() for page in PAGES}
+
+
+def table_of(page: str, first: str) -> list[list[str]]:
+    """The rows of the Markdown table with this first header, the header included."""
+    text = (ROOT / page).read_text()
+    (table,) = re.findall(rf"(?<=\n\n)\| {re.escape(first)} \|.*(?:\n\|.*)*", text)
+    head, _, *rows = table.splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows)]
+
+
+def test_figure_6_on_the_page():
+    """The table is multimodality.py's file, and the page's medians are its medians."""
+    table = pd.read_csv(report.run.RESULTS / "gridworld.csv")
+    head, *rows = table_of("docs/results_multimodality.md", "board")
+    assert head == [name.replace("_", " ") for name in table]
+    assert rows == table.astype(object).astype(str).to_numpy().tolist()
+    bits = table.groupby(["board", "contender"]).entropy_bits.median().map("{:.2f}".format)
+    for row, board in ((2, "GridWorld"), (3, "JumpWorld")):
+        target = table_of("benchmarks/README.md", "Target")[row]
+        assert target[1] == f"{bits[board, 'NFPO']} and {bits[board, 'PPO']} bit"
+
+
+def test_cost_on_the_page():
+    """The tables are what cost.py prints of its file."""
+    cost = pytest.importorskip("benchmarks.cost")
+    table = pd.read_csv(report.run.RESULTS / "cost.csv")
+    page = (ROOT / "docs" / "results_cost_and_speed.md").read_text()
+    for sizes, rows in table.groupby(["env_id", "obs_dim", "action_dim"], sort=False):
+        summary = {(row.what, row.contender): (row.value, row.relative_to_ppo) for row in rows.itertuples()}
+        assert cost.markdown(cost.Task(*sizes[:2], np.zeros(sizes[2]), np.zeros(sizes[2])), summary) in page
+
+
+def test_speed_on_the_page():
+    """Rates and ratios of today's script are those of speed.py's file, contender by contender."""
+    speeds = pd.read_csv(report.run.RESULTS / "speed_v2.csv").set_index(["contender", "env_id"])
+    (table,) = re.findall(r"^\| \| cores \| Humanoid-v4, steps/s.*(?:\n\|.*)*", DOCS.read_text(), re.MULTILINE)
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    names = [name for name, env_id in speeds.index if env_id == "Humanoid-v4"]
+    assert len(lines) == len(names)
+    for name, (_, cores, *cells, _) in zip(["nfpo", "nfpo-envpool", "nfpo-1x2048", "ppo", "cleanrl"], lines):
+        rows = [speeds.loc[name, env_id] for env_id in ("Humanoid-v4", "HalfCheetah-v4")]
+        assert [cores, cells[0], cells[2]] == [str(rows[0].cores), *(f"{row.rate:,}" for row in rows)]
+        ratios = [re.findall(r"\d+\.\d\d", cell) for cell in cells[1::2]]
+        if name != "cleanrl":
+            assert ratios == [[f"{row.rate_vs_cleanrl:.2f}", f"{row.whole_vs_cleanrl:.2f}"] for row in rows]
+
+
+def test_first_speed_on_the_page():
+    """Seconds round by round and the medians of the ratios within a round, on the page and among the targets."""
+    speeds = pd.read_csv(report.run.RESULTS / "speed.csv")
+    speeds = speeds[speeds.what.str.startswith("seconds")].astype({"value": float})
+    speeds["round"] = speeds.groupby(["env_id", "contender"]).cumcount()
+    ratios = {}
+    for env_id, rows in speeds.groupby("env_id"):
+        seconds = rows.pivot(index="contender", columns="round", values="value")
+        ratios[env_id] = seconds.loc["cleanrl"] / seconds.loc["nfpo"], seconds.loc["nfpo"] / seconds.loc["ppo"]
+        found = [
+            [*(f"{x:.0f}" for x in row), f"{(seconds.loc['cleanrl'] / row).median():.2f}"]
+            + [f"{(row / seconds.loc['ppo']).median():.2f}"]
+            for _, row in seconds.iterrows()
+        ]
+        _, *shown = table_of("docs/results_cost_and_speed.md", env_id)
+        assert sorted(row[1:] for row in shown) == sorted(found)
+    targets = table_of("benchmarks/README.md", "Target")
+    for row, ratio in ((4, ratios["Humanoid-v4"][1]), (5, ratios["Humanoid-v4"][0]), (6, ratios["HalfCheetah-v4"][0])):
+        rounds = ", ".join(f"{x:.2f}" for x in ratio)
+        assert targets[row][1] == f"{ratio.median():.2f} x (rounds: {rounds})"
+
+
+def test_medians_of_updates_on_the_page():
+    """How far updates go and how much noise is left, from the first edition's curves."""
+    curves = report.Results.load(report.run.RESULTS, "S1").curves
+    columns = {"KL": ("approx_kl", 3), "return": ("episodic_return", 0), "entropy": ("entropy", 1)}
+    parts = {"first tenth": (0, 1e5), "second tenth": (1e5, 2e5), "last tenth": (9e5, 1e6)}
+    (text,) = re.findall(r"^\| \| \| Humanoid.*(?:\n\|.*)*", FIRST_EDITION.read_text(), re.MULTILINE)
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert len(lines) == 16
+    what = ""
+    for title, variant, *cells in lines:
+        what = title or what  # the first of a block names it
+        (column, digits), part = columns[what.split(",")[0]], next(part for part in parts if part in what)
+        within = curves[(curves.variant == variant) & (curves.step > parts[part][0]) & (curves.step <= parts[part][1])]
+        medians = within.groupby("env_id")[column].median()
+        assert cells == [f"{medians[env_id]:.{digits}f}" for env_id in head[2:]], (what, variant)
 
 
 def test_missing_marker(tmp_path):
-    """A page without a marker is one line, not a page without its table."""
-    (tmp_path / "page.md").write_text("<!-- report: a -->\n<!-- end: a -->\n")
-    report.write_readme(tmp_path / "page.md", {"a": "table"})
-    assert (tmp_path / "page.md").read_text() == "<!-- report: a -->\ntable\n<!-- end: a -->\n"
-    with pytest.raises(SystemExit, match="needs the markers"):
-        report.write_readme(tmp_path / "page.md", {"b": "table"})
+    """A table that no page has a place for is one line; a figure's path is relative to its page."""
+    page, figures = tmp_path / "docs" / "page.md", tmp_path / "benchmarks" / "figures"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- report: a -->\nold\n<!-- end: a -->\nafter\n")
+    report.write([page], figures, {"a": "![x](figures/x.png)"})
+    shown = "![x](../benchmarks/figures/x.png)"
+    assert page.read_text() == f"before\n<!-- report: a -->\n{shown}\n<!-- end: a -->\nafter\n"
+    with pytest.raises(SystemExit, match="no page has the markers <!-- report: b --> and <!-- end: b -->"):
+        report.write([page], figures, {"b": "table"})
 
 
 def test_interquartile_mean():
-    """Of five seeds the middle three, of four the middle two, and with three none is cut."""
+    """Of five seeds the middle three, of four the middle two, and with three none is cut; each point of a curve by
+    itself, and as scipy has it."""
     for scores, value in (([9, 1, 2, 6, 100], 17 / 3), ([0, 100, 4, 6], 5), ([1, 2, 6], 3), ([7], 7)):
-        found = report.iqm(np.array(scores, dtype=float))
-        assert found.value == pytest.approx(value) and found.seeds == len(scores)
-        assert min(scores) <= found.low <= found.value <= found.high <= max(scores)
-    certain = report.iqm(np.full(5, 3.0))
-    assert (certain.low, certain.high) == (3, 3) and str(certain) == "3 [3, 3]"
-    assert str(report.iqm(np.array([7.0]))) == "7 (1)"
+        assert report.iqm(np.array(scores, dtype=float)) == pytest.approx(value)
+    curves = np.random.default_rng(0).normal(size=(9, 4))
+    assert report.iqm(curves) == pytest.approx(trim_mean(curves, 0.25, axis=0))
+
+
+def test_cells():
+    """IQM and interval of the runs that did not break, their number where there are few, and how many broke."""
+    scores = {"A": [3.0] * 5, "B": [7.0], "C": [None, 90, None], "D": [], "E": [3.0] * 6 + [np.nan] * 4}
+    results = results_of({"NFPO": scores})
+    cells = {task: report.cell(results, task, "NFPO", report.TRAINING) for task in TASKS}
+    assert cells == {"A": "3 [3, 3]", "B": "7 (1)", "C": "90 (1), 2 broke", "D": "-", "E": "3 [3, 3] (6)"}
     # Two seeds: a quarter of the resamples is all low, a quarter all high, so both are inside 95 %.
-    pair = report.iqm(np.array([0.0, 1.0]))
-    assert (pair.low, pair.value, pair.high) == (0, 0.5, 1)
-
-
-def test_interquartile_mean_of_curves():
-    """Each point by itself, equal to the scalar one."""
-    returns = np.random.default_rng(0).normal(size=(5, 4)).cumsum(1)
-    middle, low, high = report.iqm_curve(returns)
-    assert middle.shape == low.shape == high.shape == (4,)
-    for t in range(4):
-        assert middle[t] == pytest.approx(report.iqm(returns[:, t]).value)
-        assert np.sort(returns[:, t])[1:4].mean() == pytest.approx(middle[t])
+    assert report.cell(results_of({"NFPO": {"A": [0.0, 10.0]}}), "A", "NFPO", report.TRAINING) == "5 [0, 10] (2)"
 
 
 def test_probability_of_improvement():
-    """Share of pairs won, ties count half, tasks are averaged."""
-    ours, theirs = np.array([[3.0], [1.0]]), np.array([[2.0], [0.0]])
-    assert report.improvement(ours, theirs).value == 3 / 4
-    assert report.improvement(np.array([[1.0], [2.0]]), np.array([[1.0], [0.0]])).value == (0.5 + 1 + 1 + 1) / 4
-    two_tasks = report.improvement(np.array([[1.0, 0.0]] * 3), np.array([[0.0, 1.0]] * 3))
-    assert (two_tasks.value, two_tasks.seeds) == (0.5, 3)
-    sure = report.improvement(np.full((3, 1), 2.0), np.full((3, 1), 1.0))
-    assert (sure.value, sure.low, sure.high) == (1, 1, 1)
+    """Share of pairs won, ties count half, tasks are averaged; the same as rliable's."""
+    assert report.improvement(np.array([[3.0], [1.0]]), np.array([[2.0], [0.0]])) == [3 / 4]
+    assert report.improvement(np.array([[1.0], [2.0]]), np.array([[1.0], [0.0]])) == [(0.5 + 1 + 1 + 1) / 4]
+    assert report.improvement(np.array([[1.0, 0.0]] * 3), np.array([[0.0, 1.0]] * 3)) == [0.5]
+    ours, theirs = np.random.default_rng(0).integers(0, 4, size=(2, 5, 3))
+    assert report.improvement(ours, theirs) == pytest.approx(metrics.probability_of_improvement(ours, theirs))
 
 
 @pytest.mark.parametrize(
@@ -497,6 +624,10 @@ def test_probability_of_improvement():
         ((0.2, 0.6), 3, "not above", "agrees: no difference seen"),
         ((0.4, 0.8), 3, "not above", "not decidable here"),
         ((0.0, 0.4), 3, "equal", "**not reproduced**, behind"),
+        ((0.6, 1.0), 3, "equal", "**not reproduced**, ahead"),
+        ((0.6, 1.0), 3, "any", "ahead"),
+        ((0.0, 0.4), 3, "any", "behind"),
+        ((0.4, 0.6), 3, "any", "not decidable here"),
         ((1.0, 1.0), 2, "above", "open (2 of 3 seeds)"),
     ],
 )
@@ -504,327 +635,246 @@ def test_verdicts(interval, seeds, claim, verdict):
     """A verdict needs three seeds and an interval on one side of 1/2."""
     found = report.Estimate(np.mean(interval), *interval, seeds, tasks=2)
     assert report.judge(found, 3, claim)[1] == verdict
+    if seeds == 3:
+        assert report.judge(found, 5, claim)[1] == f"{verdict} (3 of 5 seeds)"
     assert report.judge(found._replace(tasks=1), 3, claim)[1].startswith("open")  # three against three decide nothing
     assert report.judge(None, 3, claim) == ("runs are missing", "open")
 
 
 def test_interval_of_several_comparisons():
     """The best of four has a wider interval than one planned comparison; one seed has none."""
-    ours, theirs = np.random.default_rng(1).normal(size=(2, 5, 2)) + np.array([[[0.5]], [[0.0]]])
-    one, four = (report.improvement(ours, theirs, comparisons) for comparisons in (1, 4))
+    ours, theirs = np.random.default_rng(1).normal(size=(2, 2, 5)) + np.array([[[0.5]], [[0.0]]])
+    results = results_of({"v": dict(zip("AB", ours)), "w": dict(zip("AB", theirs)), "x": {"A": [9.0], "B": [9.0]}})
+    one, four = (report.compare(results, ("A", "B"), "v", "w", several=number) for number in (1, 4))
     assert four.value == one.value and four.low <= one.low < one.high <= four.high and four != one
     assert report.probability(one) == f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"
-    assert report.probability(report.improvement(ours[:1], theirs[:1])).endswith(" (from 1 seed a task)")
+    assert report.probability(report.compare(results, ("A", "B"), "x", "w")) == "1.00 (from 1 seed a task)"
+    assert report.compare(results, ("A", "C"), "v", "w") is None
 
 
-TASKS = tuple("ABCDE")
-
-
-def results_of(folder, scores: dict, total: int = 1_000_000) -> report.Results:
-    """Results with these training scores: {variant: {task: one score a seed, None where the run broke}}."""
-    rows = [
-        {
-            "env_id": task,
-            "variant": variant,
-            "seed": seed,
-            "total_timesteps": total,
-            "status": "finished" if score is not None else "broke",
-            report.TRAINING: 50.0 if score is None else score,
-            report.DEPLOYED: score,
-        }
-        for variant, by_task in scores.items()
-        for task, values in by_task.items()
-        for seed, score in enumerate(values, 1)
-    ]
-    folder.mkdir(exist_ok=True)
-    pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
-    return report.Results(folder)
-
-
-def test_broken_runs_show(tmp_path):
+def test_broken_runs_show():
     """A run that broke is below every other one, and is not hidden behind those that did not."""
-    results = results_of(tmp_path, {"NFPO": {"A": [None, 90, None]}, "PPO": {"A": [60, 60, 60]}})
-    assert report.compare(results, ("A",), "NFPO", "PPO", 1_000_000).value == 1 / 3
-    assert report.compare(results, ("A",), "NFPO", "PPO", 1_000_000, report.DEPLOYED).value == 1 / 3
-    for column in (report.TRAINING, report.DEPLOYED):
-        assert report.cell(results, "A", "NFPO", 1_000_000, column) == "90 (1), 2 broke"
-    assert report.times(report.ratio(results, "A", "NFPO", "PPO", 1_000_000)) == "broke"
-    assert report.ratio(results, "A", "PPO", "NFPO", 1_000_000) is None
+    results = results_of({"NFPO": {"A": [None, 90, None]}, "PPO": {"A": [60, 60, 60]}})
+    for column in report.SCORES:
+        assert report.compare(results, ("A",), "NFPO", "PPO", column).value == 1 / 3
+    assert report.ratio(results, "A", "NFPO", "PPO") == "broke"
+    assert report.ratio(results, "A", "PPO", "NFPO") == ""
 
 
-def test_one_broken_run_of_five_is_cut_off(tmp_path):
+def test_one_broken_run_of_five_is_cut_off():
     """The interquartile mean of five leaves out the lowest one, be it a run that broke."""
-    results = results_of(tmp_path, {"NFPO": {"A": [None, 90, 91, 92, 500]}, "PPO": {"A": [60] * 5}})
-    assert report.ratio(results, "A", "NFPO", "PPO", 1_000_000) == 91 / 60
+    results = results_of({"NFPO": {"A": [None, 90, 91, 92, 500]}, "PPO": {"A": [60] * 5}})
+    assert report.ratio(results, "A", "NFPO", "PPO") == f"{91 / 60:.2f} x"
 
 
-def test_comparison_of_all_runs(tmp_path):
+def test_comparison_of_all_runs():
     """A task's further seeds count, though the interval waits for the other tasks'."""
-    results = results_of(tmp_path, {"NFPO": {"A": [90, 30, 30], "B": [90]}, "PPO": {"A": [60, 60, 60], "B": [60]}})
-    found = report.compare(results, ("A", "B"), "NFPO", "PPO", 1_000_000)
+    results = results_of({"NFPO": {"A": [90, 30, 30], "B": [90]}, "PPO": {"A": [60, 60, 60], "B": [60]}})
+    found = report.compare(results, ("A", "B"), "NFPO", "PPO")
     assert found.value == pytest.approx((1 / 3 + 1) / 2)
     assert report.probability(found) == "0.67 (from 1 seed a task)"
 
 
-def test_ratio_of_common_seeds(tmp_path):
+def test_ratio_of_common_seeds():
     """A contender's further seed, on which the other has not run, does not change their ratio."""
-    results = results_of(tmp_path, {"NFPO": {"A": [90, 900, 120]}, "PPO": {"A": [60, None, 60, 6]}})
-    results.runs = results.runs[~((results.runs.variant == "PPO") & (results.runs.seed == 2))]
-    assert report.ratio(results, "A", "NFPO", "PPO", 1_000_000) == 105 / 60
-    assert report.ratio(results, "A", "NFPO", "none", 1_000_000) is None
+    results = results_of({"NFPO": {"A": [90, 900, 120]}, "PPO": {"A": [60, np.nan, 60, 6]}})
+    assert report.ratio(results, "A", "NFPO", "PPO") == f"{105 / 60:.2f} x"
+    assert report.ratio(results, "A", "NFPO", "none") == ""
 
 
-def test_boards(tmp_path):
-    """Figure 6's lines: entropy without modes is breadth, and a target reached on one board is none on the other."""
-    rows = [
-        {"board": board, "contender": contender, "seed": seed, "entropy_bits": bits, "untrained_bits": 2.0}
-        | {"success_rate": 0.9, "modes": 1}
-        for board, contender, bits in (
-            ("GridWorld", "NFPO", 1.5),
-            ("GridWorld", "PPO", 0.1),
-            ("JumpWorld", "NFPO", 0.1),
-            ("JumpWorld", "PPO", 0.2),
-        )
-        for seed in range(1, 6)
-    ]
-    pd.DataFrame(rows).to_csv(tmp_path / "gridworld.csv", index=False)
-    first, second = report.summary_gridworld(report.Results(tmp_path))
-    assert "NFPO: median of 5 seeds 1.50 bit, untrained 2.00, success 0.90, 1 mode(s) at the start at most" in first[2]
-    assert first[3].startswith("target reached, **but by breadth**") and first[3].endswith("claim: reproduced")
-    assert second[3] == "target **fell short**; claim: **not reproduced**, the opposite was seen"
-
-
-def verdicts_of(folder, monkeypatch, **scores) -> dict[str, list[str]]:
-    """Figure S1's lines of the summary, {claim: line}, of {variant: (ratios to PPO, one a task; the number of seeds, or
-    of five those that broke)}."""
-    monkeypatch.setattr(report, "MUJOCO", TASKS)
-    monkeypatch.setattr(report, "GRID", [runner.Experiment("S1", TASKS, tuple(scores), 5, 1_000_000)])
+def test_opposite_tasks_are_not_equal():
+    """Behind on two tasks and ahead on two others is no agreement, though P is 1/2; with three seeds either."""
     noise = np.array([0, 1, -1, 2, -2])
-    by_variant = {}
-    for variant, (ratios, seeds) in scores.items():
-        count, broke = (seeds, ()) if isinstance(seeds, int) else (5, seeds)
-        by_variant[variant] = {
-            task: [None if seed in broke else 100 * x + noise[seed - 1] for seed in range(1, count + 1)]
-            for task, x in zip(TASKS, ratios)
-        }
-    return {line[0]: line for line in report.summary_s1(results_of(folder, by_variant))}
+
+    def judged(ratios: list[float], seeds: int, claim: str = "equal") -> tuple[str, str]:
+        scores = {"NFPO": ratios, "PPO": [1] * 4}
+        scores = {v: {t: 100 * x + noise[:seeds] for t, x in zip("BCDE", values)} for v, values in scores.items()}
+        return report.judge_tasks(results_of(scores), tuple("BCDE"), "NFPO", "PPO", claim)
+
+    text, verdict = judged([0.5, 0.5, 2, 2], 5)
+    apart = "behind on B, behind on C, ahead on D, ahead on E"
+    assert text.startswith("P = 0.50") and verdict == f"**not reproduced**: {apart}"
+    assert judged([0.5, 0.5, 2, 2], 5, "any")[1] == f"not decidable here; {apart}"
+    assert judged([1] * 4, 5)[1] == "agrees: no difference seen"
+    assert judged([0.5, 0.5, 2, 2], 3)[1] == f"not decidable here: {apart} in every run"
 
 
-def test_target(tmp_path, monkeypatch):
-    """The variant that reaches the target counts, not the one with the largest smallest ratio; three seeds needed."""
-    target = "a variant has IQM >= PPO on all five tasks and >= 1.5 x on Humanoid"
-    ppo, even, good = ((1,) * 5, 5), ((1.4, 1.3, 1.3, 1.3, 1.3), 5), (2, 1.2, 1.2, 1.2, 1.2)
-    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=even)[target]
-    assert row[3] == "**fell short**" and row[2].startswith("NFPO: 1.40, 1.30")
-    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=even, NFPOb=(good, 5))[target]
-    assert row[3] == "reached" and row[2].startswith("NFPOb: 2.00, 1.20")
-    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=even, NFPOb=(good, 1))[target]
-    assert row[3] == "open" and row[2].startswith("NFPO:")
-    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=even, NFPOb=(good, 3))[target]
-    assert row[3] == "reached (3 of 5 seeds)"
-    assert row[2] == "NFPOb: 2.00, 1.20, 1.20, 1.20, 1.20 x PPO; without seed 1, which chose it, " + ", ".join(
-        f"{x:.2f}" for x in (2, 1.2, 1.2, 1.2, 1.2)
-    )
-    broken = ((2, 1.2, 1.2, 1.2, 1.2), (1, 3, 5))  # three of five runs of each task broke
-    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=even, NFPOb=broken)[target]
-    assert row[3] == "**fell short**" and row[2].startswith("NFPO:")
-
-
-def test_control(tmp_path, monkeypatch):
-    """What the learning rate does for the Gaussian is not counted for the flow."""
-    claim = "NFPO-std-flat beats PPO-flat, the Gaussian with the same small, constant learning rate"
-    three = {"PPO": ((1,) * 5, 3), "NFPO-std-flat": ((2,) * 5, 3)}
-    row = verdicts_of(tmp_path, monkeypatch, **three, **{"PPO-flat": ((1,) * 5, 3)})[claim]
-    assert row[2].startswith("A 2.00 x; B 2.00 x") and row[3] == "reproduced"
-    row = verdicts_of(tmp_path, monkeypatch, **three, **{"PPO-flat": ((3,) * 5, 3)})[claim]
-    assert row[2].startswith("A 0.67 x") and row[3].startswith("**not reproduced**")
-    assert "without seed 1, which chose it, 0.00 (from 2 seeds a task)" in row[2]
-
-
-def test_control_as_deployed(tmp_path, monkeypatch):
-    """Ahead with the noise on, and not without it, is no verdict."""
-    pair = {"NFPO-std-flat": {t: [90.0, 91, 92] for t in TASKS}, "PPO-flat": {t: [60.0, 61, 62] for t in TASKS}}
-    results = results_of(tmp_path, pair)
-    results.runs[report.DEPLOYED] = 5.0 + results.runs.seed
-    monkeypatch.setattr(report, "MUJOCO", TASKS)
-    (row,) = (line for line in report.summary_s1(results) if line[1] == "our control")
-    assert "P = 1.00 [1.00, 1.00]" in row[2] and row[3] == "not decidable here: in training only"
-
-
-def test_opposite_tasks_are_not_equal(tmp_path, monkeypatch):
-    """Behind on two tasks and ahead on two others is no agreement, though P is 1/2."""
-    claim = "NFPO performs like PPO on Ant, HalfCheetah, Hopper and Walker2d"
-    ppo = ((1,) * 5, 5)
-    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=((1, 0.5, 0.5, 2, 2), 5))[claim]
-    assert "P = 0.50" in row[2] and row[3] == "**not reproduced**: behind on B, behind on C, ahead on D, ahead on E"
-    row = verdicts_of(tmp_path, monkeypatch, PPO=ppo, NFPO=((1,) * 5, 5))[claim]
-    assert row[3] == "agrees: no difference seen"
-    row = verdicts_of(tmp_path, monkeypatch, PPO=((1,) * 5, 3), NFPO=((1, 0.5, 0.5, 2, 2), 3))[claim]
-    assert row[3] == "not decidable here: behind on B, behind on C, ahead on D, ahead on E in every run"
-
-
-def test_improvement_elsewhere_does_not_hide_harm(tmp_path):
+def test_improvement_elsewhere_does_not_hide_harm():
     """`Not above` is about being ahead: ahead on one task and behind on the other is not `no difference`."""
     for ours, verdict in (
         ({"A": [9.0] * 5, "B": [1.0] * 5}, "**not reproduced**: ahead on A"),
         ({"A": [1.0] * 5, "B": [1.0] * 5}, "reproduced"),
     ):
-        results = results_of(tmp_path, {"v": ours, "w": {"A": [5.0] * 5, "B": [5.0] * 5}})
-        assert report.judge_tasks(results, ("A", "B"), "v", "w", 1_000_000, 5, "not above")[1] == verdict
+        results = results_of({"v": ours, "w": {"A": [5.0] * 5, "B": [5.0] * 5}})
+        assert report.judge_tasks(results, ("A", "B"), "v", "w", "not above")[1] == verdict
 
 
-def test_iqm_of_all_tasks(tmp_path, monkeypatch):
-    """Over seeds and tasks together, each task in units of PPO's interquartile mean on it."""
-    monkeypatch.setattr(report, "MUJOCO", TASKS[:2])
-    results = results_of(tmp_path, {"NFPO": {"A": [20, 40], "B": [9, 1]}, "PPO": {"A": [10, 30], "B": [1, 3]}})
-    found = report.iqm_of_tasks(report.over_ppo(results, "NFPO"))
-    assert found.value == pytest.approx((1 + 2) / 2)  # of 0.5, 1, 2 and 4.5
-    assert (found.seeds, found.tasks) == (2, 2)
-    assert report.over_ppo(results, "none") is None
+def test_control():
+    """What the learning rate does for the Gaussian is not counted for the flow, and what is ahead with the noise on and
+    not without it is no verdict."""
+
+    def line(flow: float, gaussian: float, **columns) -> list[str]:
+        scores = {"NFPO-std-flat": flow, "PPO-flat": gaussian}
+        scores = {v: {t: [100 * x, 100 * x + 1, 100 * x - 1] for t in TASKS} for v, x in scores.items()}
+        return report.verdict(results_of(scores, **columns), "text", "NFPO-std-flat", "PPO-flat", TASKS, "above")
+
+    text, found, verdict = line(2, 1)
+    assert text == "text" and verdict == "reproduced" and found.endswith("; deployed P = 1.00 [1.00, 1.00]")
+    assert found.startswith("NFPO-std-flat against PPO-flat: A 2.00 x, deployed 2.00 x; B 2.00 x")
+    assert line(1, 3)[2].startswith("**not reproduced**")
+    deployed = {report.DEPLOYED: [5.0, 6, 7] * 10}
+    found, verdict = line(2, 1, **deployed)[1:]
+    assert "P = 1.00 [1.00, 1.00]; deployed P = 0.50" in found and verdict == "not decidable here: in training only"
 
 
-def ablation_of(folder, monkeypatch, scores: dict, log_det=None) -> dict[str, list[str]]:
-    """The ablations' lines of the summary, {claim: line}, of `results_of` with 500k steps and tasks A and B; `log_det`
-    is {variant: its value at the end of each seed}."""
+def test_medians_where_the_score_is_no_return():
+    """Of a determinant or an entropy the medians are shown, since a ratio says nothing of it."""
+    results = results_of({name: {"A": [1.0] * 3, "B": [1.0] * 3} for name in "vw"})
+    results.runs[report.LOG_DET] = [30, 31, 32, 40, 41, 42, 1, 2, 3, -4, -3, -2]
+    _, found, verdict = report.verdict(results, "text", "v", "w", ("A", "B"), "above", report.LOG_DET)
+    assert found == "v against w: A 31.00 against 2.00; B 41.00 against -3.00; P = 1.00 [1.00, 1.00]"
+    assert verdict == "reproduced"
+
+
+@pytest.fixture
+def ablations(monkeypatch):
+    """Makes `results_of` those of ablations on tasks A and B."""
     monkeypatch.setattr(report, "ABLATION", ("A", "B"))
-    results = results_of(folder, scores, 500_000)
-    if log_det:
-        ends = zip(results.runs.variant, results.runs.seed)
-        results.runs[report.LOG_DET] = [log_det[variant][seed - 1] for variant, seed in ends]
-    return {line[0]: line for line in report.summary_ablations(results)}
+    return results_of
 
 
-def test_broken_runs_of_no_bound(tmp_path, monkeypatch):
-    """Half of the runs have to break, of seeds that both have; and growth is judged by the determinant alone."""
-    both = lambda scores: {"A": scores, "B": scores}  # noqa: E731
-    fine, log_det = [60, 61, 62], {"scale-none": [30, 31, 32], "NFPO": [1, 2, 3, 4, 5]}
+def test_broken_runs_of_no_bound(ablations):
+    """Half of the runs have to break, of the seeds that both have."""
+    fine = [60, 61, 62]
     for broke, verdict in (
         ([None, None, 5], "reproduced"),
         ([None, 60, 5], "not decidable here"),
         (fine, "**not reproduced** in 500k steps: it breaks no more often"),
+        ([None, None], "open"),
     ):
-        scores = {"NFPO": {"A": [*fine, None, None], "B": fine}, "scale-none": both(broke)}
-        lines = ablation_of(tmp_path, monkeypatch, scores, log_det)
-        assert lines["without a bound numbers break in the end"][3] == verdict
-        (grows,) = (line for claim, line in lines.items() if claim.startswith("without a bound (`none`) the det"))
-        assert grows[3] == "reproduced" and "A 31.0 (tanh 3.0); B 31.0 (tanh 2.0)" in grows[2]
+        scores = {"NFPO": {"A": [*fine, None, None], "B": fine}, "scale-none": {"A": broke, "B": broke}}
+        _, found, decided = report.verdict_broken(ablations(scores))
+        count = 2 * broke.count(None)
+        assert decided == verdict and found == f"{count} of {2 * len(broke)} runs broke, with tanh 0"
 
 
-def test_best_other_bound(tmp_path, monkeypatch):
+def test_best_other_bound(ablations):
     """The winner is named, and as many seeds are claimed as the l with the fewest has."""
-    claim, fine = "l = 0.5 is a good default: no other is better", [60, 61, 62]
-    others = {f"tanh-{bound}": {"A": fine, "B": fine} for bound in ("0.1", "0.25", "1", "2")}
-    scores = {"NFPO": {"A": fine, "B": fine}, **others, "tanh-2": {"A": [90, 91, 92], "B": [90, 91, 92]}}
-    row = ablation_of(tmp_path, monkeypatch, scores)[claim]
-    assert row[2].startswith("the best other: tanh-2: P = 1.00") and row[3] == "**not reproduced**"
+    fine = {"A": [60, 61, 62], "B": [60, 61, 62]}
+    scores = {name: fine for name in report.TANH} | {"tanh-2": {"A": [90, 91, 92], "B": [90, 91, 92]}}
+    _, found, verdict = report.verdict_bound(ablations(scores))
+    assert found.startswith("the best other: tanh-2: P = 1.00") and verdict == "**not reproduced**"
     scores["tanh-1"] = {"A": [60], "B": [60]}
-    assert ablation_of(tmp_path, monkeypatch, scores)[claim][3] == "open (1 of 3 seeds)"
+    assert report.verdict_bound(ablations(scores))[2] == "open (1 of 3 seeds)"
+    del scores["tanh-1"]
+    assert report.verdict_bound(ablations(scores))[1:] == ["runs are missing", "open"]
 
 
-def test_sensitivity(tmp_path, monkeypatch):
+def test_sensitivity(ablations):
     """(best - worst) / best of each sweep by hand; without a difference between sweeps there is no verdict."""
-    claim = "tanh is less sensitive to l than clip"
-    tanh, clip = report.ABLATION_ROWS["3"].values()
     noise = np.array([-1.0, 0, 1])
 
     def line(worst: float, spread: float) -> list[str]:
-        scores = {name: {"A": 100 + spread * noise, "B": 200 + spread * noise} for name in (*tanh, *clip)}
+        names = (*report.TANH, *report.CLIP)
+        scores = {name: {"A": 100 + spread * noise, "B": 200 + spread * noise} for name in names}
         scores["clip-2"] = {"A": worst + spread * noise, "B": worst + spread * noise}
-        return ablation_of(tmp_path, monkeypatch, scores)[claim]
+        return report.verdict_sensitivity(ablations(scores))[1:]
 
-    row = line(50, 0)
-    assert row[2:] == [
-        "(best - worst) / best over l: A 0% against 50%; B 0% against 75%; difference [62%, 62%]",
-        "reproduced",
-    ]
-    assert line(90, 60)[3] == "not decidable here"
-    scores = {name: {"A": [100.0] * 3, "B": [100.0] * 3} for name in (*tanh, *clip)}
+    text = "(best - worst) / best over l: A 0% against 50%; B 0% against 75%; difference [62%, 62%]"
+    assert line(50, 0) == [text, "reproduced"]
+    assert line(90, 60)[1] == "not decidable here"
+    scores = {name: {"A": [100.0] * 3, "B": [100.0] * 3} for name in (*report.TANH, *report.CLIP)}
     scores["tanh-2"] = {"A": [None] * 3, "B": [None] * 3}  # a run that broke earned nothing
-    row = ablation_of(tmp_path, monkeypatch, scores)[claim]
-    assert "A 100% against 0%" in row[2] and row[3] == "**not reproduced**"
+    found, verdict = report.verdict_sensitivity(ablations(scores))[1:]
+    assert "A 100% against 0%" in found and verdict == "**not reproduced**"
+    del scores["clip-2"]
+    assert report.verdict_sensitivity(ablations(scores))[1:] == ["runs are missing", "open (0 of 3 seeds)"]
 
 
-def test_speed(tmp_path):
-    """Ratios are taken within a round and their median is quoted; other contenders and the memory rows do no harm."""
-    seconds = {"nfpo": [10, 20, 40], "ppo": [9, 10, 20], "cleanrl": [50, 30, 80]}
-    rows = [
-        {
-            "what": f"seconds ({'warm' if i else 'first'})",
-            "contender": name,
-            "env_id": "Humanoid-v4",
-            "value": values[i],
-        }
-        for i in range(3)
-        for name, values in seconds.items()
-    ]
-    memory = {"what": "memory", "contender": "nfpo", "env_id": "Humanoid-v4", "value": "436.0 MiB"}
-    pd.DataFrame([*rows, memory]).to_csv(tmp_path / "speed.csv", index=False)
-    results = report.Results(tmp_path)
-    twin, cleanrl = report.summary_cost(results)
-    assert twin[2:] == ["2.00 x (rounds: 1.11, 2.00, 2.00)", "**fell short**"]
-    assert cleanrl[2:] == ["2.00 x (rounds: 5.00, 1.50, 2.00)", "reached, by the median: rounds are on both sides"]
-    lines = report.table_speed(results).splitlines()
-    assert lines[2] == "| **NFPO, `nfpo_continuous_action.py`** | 10 | 20 | 40 | 2.00 | 2.00 |"
-    assert lines[3] == "| its Gaussian twin | 9 | 10 | 20 | 4.00 | 1.00 |"
-    pd.DataFrame([row for row in rows if row["contender"] != "cleanrl"]).to_csv(tmp_path / "speed.csv", index=False)
-    assert len(report.summary_cost(results)) == 1
-    assert report.table_speed(results).splitlines()[2].endswith("| 10 | 20 | 40 | 2.00 |")
+def test_claims_are_of_the_grid():
+    """Every claim is about runs that the grid wants."""
+    wanted = {(run.env_id, run.variant) for run in runner.select(runner.RunArgs())}
+    for source, _, ours, theirs, env_ids, *_ in report.CLAIMS:
+        if source != "Figure 6":  # there the tasks are called as multimodality.py's file calls them
+            assert {(env_id, v) for env_id in env_ids for v in (ours, theirs)} <= wanted, source
 
 
-def test_results_of_a_readers_own(tmp_path, monkeypatch, capsys):
-    """A folder without any file gives a page that says so."""
-    results = report.Results(tmp_path / "none")
-    for part in (report.summary_s1, report.summary_ablations, report.summary_gridworld):
-        assert {line[-1] for line in part(results)} == {"open"}
-    assert report.summary_cost(results) == []
-    assert report.table_speed(results) == "Not measured yet."
+def second_edition(folder, experiment: str, keep, score) -> report.Results:
+    """Writes the runs of an experiment that `keep` wants to the second edition's file, and loads the experiment."""
+    runs = [run for run in runner.select(runner.RunArgs(experiments=(experiment,))) if keep(run)]
+    rows = pd.DataFrame(runs, columns=runner.Run._fields).drop(columns="edition").assign(status="finished")
+    rows[report.TRAINING] = rows[report.DEPLOYED] = [float(score(run)) for run in runs]
+    if runs:
+        rows.to_csv(folder / "runs_v2.csv", index=False)
+    return report.Results.load(folder, experiment)
+
+
+def test_second_edition_missing_partial_and_complete(tmp_path):
+    """Figure S1b's tables say what is there: no runs; some seeds of some variants; all of them, with a verdict."""
+
+    def score(run) -> float:
+        """NFPO is ahead on Humanoid and like PPO elsewhere; the others are behind everywhere."""
+        ahead = {"NFPO": 50 * (run.env_id == "Humanoid-v4"), "PPO": 0}
+        return 100 + run.seed + ahead.get(run.variant, -50)
+
+    results = second_edition(tmp_path, "S1b", lambda run: False, score)
+    assert results.variants == [] and report.table_scores(results, report.MUJOCO, []).count("No runs yet.") == 2
+    assert report.table_above_ppo(results).count("No runs yet.") == 2
+    keep = lambda run: run.seed <= 2 and run.variant in ("PPO", "NFPO") and run.env_id != "Ant-v4"  # noqa: E731
+    results = second_edition(tmp_path, "S1b", keep, score)
+    assert results.variants == ["NFPO", "PPO"]
+    scores = report.table_scores(results, report.MUJOCO, results.variants)
+    assert "| NFPO | 152 [151, 152] (2) | - | 102 [101, 102] (2) |" in scores
+    few = "1.00 (from 2 seeds a task) | - | 0.50 (from 2 seeds a task)"
+    above = report.table_above_ppo(results)
+    assert f"| NFPO | {few}" in above and ", 4 of 5 tasks | open (2 of 5 seeds) |" in above
+    results = second_edition(tmp_path, "S1b", lambda run: True, score)
+    (training, _) = report.table_above_ppo(results).split("as deployed")
+    lines = {line.split(" | ")[0].strip("| "): line for line in training.splitlines()[4:] if line.startswith("| ")}
+    assert list(lines) == ["NFPO", "NFPO-paper", "NFPO-volume"]
+    assert lines["NFPO"].startswith("| NFPO | 1.00 [1.00, 1.00] | 0.50 [")
+    assert lines["NFPO"].split(" | ")[6].startswith("0.60 [")
+    assert "ahead" in lines["NFPO"] and lines["NFPO-paper"].endswith("| 0.00 [0.00, 0.00] | behind |")
+    # Humanoid has ten seeds, the other tasks five: nothing says that some are missing.
+    assert "| NFPO | 156 [" in report.table_scores(results, report.MUJOCO, ["NFPO"]) and "(" not in lines["NFPO"]
+
+
+def test_boxes(tmp_path):
+    """Seeds side by side, and a dash where a run is missing."""
+    score = lambda run: 1000 * ("Raw" in run.env_id) + run.seed  # noqa: E731
+    results = second_edition(tmp_path, "boxes", lambda run: run.seed < 3 or "Raw" in run.env_id, score)
+    table = report.table_boxes(results)
+    assert table.count("| seed | 1 | 2 | 3 |") == table.count("| Humanoid-v4 | 1 | 2 | - |") == 2
+    assert table.count("\n| RawHumanoid-v4 | 1001 | 1002 | 1003 |") == 2
+
+
+def test_tuning():
+    """The mean over tasks of returns in units of the best setting's; bold for the best of a contender with all runs."""
+    scores = {
+        "NFPO-lr3e-4-e10": {"A": [90, 110], "B": [20, 40]},  # the best on A: 1 and 0.75
+        "NFPO-lr1.5e-4-e4": {"A": [50, 50], "B": [40, 40]},  # the best on B: 0.5 and 1
+        "NFPO-mean-lr1.5e-4-e4": {"A": [None, 20], "B": [4, 4]},  # a run that broke earned nothing: 0.1 and 0.1
+        "PPO-lr3e-4-e10": {"A": [80, 80], "B": [40, 40]},
+        "PPO-lr1.5e-4-e4": {"A": [80, 80], "B": [40, np.nan]},
+    }
+    lines = report.table_tuning(results_of(scores)).splitlines()
+    assert lines[0] == "| setting | NFPO | NFPO-mean | PPO |"
+    assert lines[2] == "| lr1.5e-4-e4 | 0.75 | **0.10** | 1 runs missing |"
+    assert lines[3] == "| lr3e-4-e10 | **0.88** | - | 0.90 |"
+    assert report.table_tuning(results_of({"NFPO-lr1-e1": {"A": [np.nan]}})).endswith("| lr1-e1 | 1 runs missing |")
 
 
 def test_curves_with_holes(tmp_path):
-    """A bin without an episode is bridged; the shortest run ends the common curve, and one that broke has its own."""
-    key = {"env_id": "X", "variant": "v", "total_timesteps": 40}
-    rows = [
-        {**key, "seed": seed, "step": step, "episodic_return": value}
-        for seed, points in ((1, {10: 1.0, 30: 3.0, 40: 4.0}), (2, {20: 6.0, 30: 8.0}))
-        for step, value in points.items()
-    ]
+    """A bin without an episode is bridged, the shortest run ends the curve, and a run that broke is not in it."""
+    key = {"env_id": "Hopper-v4", "variant": "NFPO", "total_timesteps": 1_000_000}
+    points = {1: {10: 1.0, 30: 3.0, 40: 4.0}, 2: {20: 6.0, 30: 8.0}, 3: {10: 0.0, 20: 0.0}}
+    rows = [(seed, step, value) for seed, line in points.items() for step, value in line.items()]
+    curves = pd.DataFrame(rows, columns=["seed", "step", "episodic_return"]).assign(log_det=0.0, **key)
+    runs = pd.DataFrame({"seed": [1, 2, 3], "status": ["finished", "finished", "broke"]})
     (tmp_path / "curves").mkdir()
-    pd.DataFrame(rows).to_csv(tmp_path / "curves" / "X.csv", index=False)
-    steps, values = report.Results(tmp_path).curve("X", "v", 40, "episodic_return")
-    assert steps.tolist() == [10, 20, 30]
-    assert values.tolist() == [[1, 2, 3], [6, 6, 8]]
-    assert report.Results(tmp_path).curve("X", "w", 40, "episodic_return") is None
-    assert report.Results(tmp_path).broken_curves("X", "v", 40, "episodic_return") == []
-    runs = [{**key, "seed": seed, "status": status} for seed, status in ((1, "finished"), (2, "broke"))]
-    pd.DataFrame(runs).to_csv(tmp_path / "runs.csv", index=False)
-    steps, values = report.Results(tmp_path).curve("X", "v", 40, "episodic_return")
-    assert steps.tolist() == [10, 30, 40] and values.tolist() == [[1, 3, 4]]
-    (broken,) = report.Results(tmp_path).broken_curves("X", "v", 40, "episodic_return")
-    assert broken.to_dict() == {20: 6.0, 30: 8.0}
-
-
-def test_committed_tables_are_of_the_committed_results(tmp_path, monkeypatch, capsys):
-    """Every table on the two pages is what the CSV files beside them give, but for intervals, which take minutes, and
-    what they decide, verdicts and the best other l: a table edited by hand or left behind by new runs is no result."""
-    for name in ("figure_s1", "figure_s1_aggregate", "figure_s1_updates", "figure_ablation"):
-        monkeypatch.setattr(report, name, lambda *_: None)
-    monkeypatch.setattr(report, "RESAMPLES", 10)
-    here, committed = ROOT / "benchmarks", [ROOT / "benchmarks/README.md", ROOT / "docs/nfpo_continuous_action.md"]
-    places = {"runs-dir": tmp_path / "none", "results": here / "results", "figures": here / "figures"}
-    places |= {"readme": tmp_path / "README.md", "docs": tmp_path / "docs.md"}
-    written = [places["readme"], places["docs"]]
-    for page, copy in zip(committed, written):
-        # Emptied first, so that a table which is not written again does not pass for one that is.
-        copy.write_text(re.sub(r"(<!-- report: .*? -->\n).*?(<!-- end)", r"\1\2", page.read_text(), flags=re.DOTALL))
-    monkeypatch.setattr(sys, "argv", ["report.py", *(f"--{k}={v}" for k, v in places.items())])
-    report.main()
-
-    def comparable(page) -> list[str]:
-        text, verdict = page.read_text(), r"[^|\n]*\|$"
-        summary = re.search(r"<!-- report: summary -->.*?<!-- end", text, re.DOTALL)
-        if summary:
-            text = text.replace(summary[0], re.sub(verdict, "", summary[0], flags=re.MULTILINE))
-        return re.sub(r" \[-?[\d.]+%?, -?[\d.]+%?\]|the best other: [^|]*", "", text).splitlines()
-
-    for page, copy in zip(committed, written):
-        assert comparable(copy) == comparable(page)
+    curves.to_csv(tmp_path / "curves" / "Hopper-v4.csv", index=False)
+    runs.assign(**key, last_100_episodes=1.0, evaluation=1.0).to_csv(tmp_path / "runs.csv", index=False)
+    results = report.Results.load(tmp_path, "S1")
+    curve = results.curve("Hopper-v4", "NFPO", "episodic_return")
+    assert curve.columns.tolist() == [10, 20, 30] and curve.to_numpy().tolist() == [[1, 2, 3], [6, 6, 8]]
+    assert results.curve("Hopper-v4", "PPO", "episodic_return").empty

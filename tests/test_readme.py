@@ -14,9 +14,10 @@ import nfpo_continuous_action as nfpo
 
 ROOT = Path(nfpo.__file__).parent
 README, REFERENCE = ROOT / "README.md", ROOT / "docs" / "nfpo_continuous_action.md"
-SCRIPTS = ["nfpo_continuous_action", "nfpo_playground_jax", "nfpo_isaacgym"]
+SCRIPTS = ["nfpo_continuous_action", "nfpo_playground_jax", "nfpo_isaacgym", "rfo_rewarped"]
 PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in SCRIPTS)]
-TWINS = {"ppo_continuous_action": SCRIPTS[0], "ppo_playground_jax": SCRIPTS[1], "ppo_isaacgym": SCRIPTS[2]}
+BENCHMARKS = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("results_*.md"))]
+TWINS = dict(zip(("ppo_continuous_action", "ppo_playground_jax", "ppo_isaacgym", "shac_rewarped"), SCRIPTS))
 
 
 def blocks(page: Path) -> dict[str, str]:
@@ -85,7 +86,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *BENCHMARKS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_resolve(page):
     """Every link inside the repository leads to a file and, where it names one, to a heading."""
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
@@ -114,9 +115,7 @@ def test_table_names_functions_that_exist():
 
 def test_results_are_those_of_the_benchmarks():
     """The ratios of the table "Results" stand in the tables that the committed CSV files give."""
-    benchmarks = (ROOT / "benchmarks" / "README.md").read_text()
-    (summary,) = re.findall(r"<!-- report: summary -->.*?<!-- end", benchmarks, re.DOTALL)
-    rows = dict(re.findall(r"^\| (.*?) \| .*? \| (.*?) \|", summary, re.MULTILINE))
+    rows = dict(re.findall(r"^\| (.*?) \| (.*?) \|", BENCHMARKS[0].read_text(), re.MULTILINE))
     table = README.read_text().split("## Results")[1].split("\n\n")[1].replace("*", "").splitlines()[2:]
     found = [re.findall(r"\d+\.\d\d", line.split("|")[2]) for line in table]
     both = (
@@ -125,8 +124,8 @@ def test_results_are_those_of_the_benchmarks():
     )
     numbers = [re.findall(r"(?:v4|deployed) (\d+\.\d\d) x", value) for value in both]
     assert found[:4] == [numbers[0][:1], numbers[1][::2], numbers[0][1:], numbers[1][1::2]]
-    wall_clock = next(value for name, value in rows.items() if name.startswith("wall clock against PPO"))
-    speed = next(value for name, value in rows.items() if name.startswith("speed against CleanRL's PPO, Humanoid"))
+    wall_clock = next(value for name, value in rows.items() if name.startswith("wall clock against the Gaussian twin"))
+    speed = next(value for name, value in rows.items() if name.startswith("speed against CleanRL's PPO on Humanoid"))
     assert wall_clock.startswith(f"{found[4][0]} x") and speed.startswith(f"{found[4][1]} x")
 
 

@@ -1,4 +1,4 @@
-"""Promise: what `benchmarks/speed_isaacgym.py` prints is the README's table, and says where nothing was compiled."""
+"""Promise: what `benchmarks/speed_isaacgym.py` prints is the docs' table, and says where nothing was compiled."""
 
 from benchmarks import speed_isaacgym
 
@@ -19,9 +19,9 @@ SECONDS = {"PPO": 2.0, "NFPO": 3.0, "PPO compiled": 1.0, "NFPO compiled": 1.5}
 
 
 def test_table():
-    """Ratios to PPO in the same mode and to PPO uncompiled, in the columns of the README."""
+    """Ratios to PPO in the same mode and to PPO uncompiled, in the columns of the docs."""
     header, _, *rows = speed_isaacgym.table(measured(SECONDS, True)).splitlines()
-    assert header in (ROOT / "benchmarks" / "README.md").read_text()
+    assert header in (ROOT / "docs" / "results_cost_and_speed.md").read_text()
     assert rows[1] == "| NFPO | 1.50 | 1.50 | 4.50 | 1.00 | 700 | 3 | 5 |"
     assert rows[3] == "| NFPO compiled | 1.50 | 0.75 | 2.25 | 1.00 | 700 | 3 | 5 |"
 
