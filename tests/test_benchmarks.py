@@ -294,10 +294,15 @@ def test_twins_refuse_flow_flags(flag, monkeypatch, capsys):
 
 
 def test_second_edition():
-    """S1b: five tasks on EnvPool, ten seeds on Humanoid; boxes: two Humanoids. No run of it is one of the first's."""
+    """S1b: five tasks on EnvPool, ten seeds on Humanoid, the mixture on two tasks; boxes: two Humanoids; tuning: two
+    seeds that nothing else uses. No run of it is one of the first's."""
     runs = runner.select(runner.RunArgs(experiments=("S1b", "boxes")))
-    assert len(runs) == 4 * (10 + 4 * 5) + 2 * 3 and {run.total_timesteps for run in runs} == {1_000_000}
-    assert sum(run.env_id == "Humanoid-v4" and "--envpool" in run.command() for run in runs) == 40
+    assert len(runs) == 5 * (10 + 4 * 5) + 10 + 5 + 2 * 3 and {run.total_timesteps for run in runs} == {1_000_000}
+    assert sum(run.env_id == "Humanoid-v4" and "--envpool" in run.command() for run in runs) == 60
+    tuning = runner.select(runner.RunArgs(experiments=("tuning",)))
+    assert len(tuning) == len(set(tuning)) == 3 * 6 * 5 * 2 and {run.seed for run in tuning} == {101, 102}
+    assert len({" ".join(run.command()) for run in tuning}) == len(tuning)
+    assert max(run.seed for run in runs) < 101
     assert not set(runs) & set(runner.select(runner.RunArgs(experiments=("S1",))))
     assert {run.edition for run in runs} == {2}
     names = {run.folder(Path()) for run in runner.select(runner.RunArgs())}
@@ -831,7 +836,8 @@ def test_second_edition_missing_partial_and_complete(tmp_path):
     results = second_edition(tmp_path, "S1b", lambda run: True, score)
     (training, _) = report.table_above_ppo(results).split("as deployed")
     lines = {line.split(" | ")[0].strip("| "): line for line in training.splitlines()[4:] if line.startswith("| ")}
-    assert list(lines) == ["NFPO", "NFPO-paper", "NFPO-volume"]
+    assert list(lines) == ["NFPO", "NFPO-paper", "NFPO-volume", "NFPO-mean", "PPO-mixture"]
+    assert "2 of 5 tasks" in lines["PPO-mixture"]
     assert lines["NFPO"].startswith("| NFPO | 1.00 [1.00, 1.00] | 0.50 [")
     assert lines["NFPO"].split(" | ")[6].startswith("0.60 [")
     assert "ahead" in lines["NFPO"] and lines["NFPO-paper"].endswith("| 0.00 [0.00, 0.00] | behind |")
