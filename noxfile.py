@@ -51,4 +51,4 @@ def isaacgym(session: nox.Session) -> None:
 def rewarped(session: nox.Session) -> None:
     """rfo_rewarped.py over Rewarped on the CPU, whose old dependencies fit no other session."""
     session.install("-r", "requirements/rewarped.txt", "pytest==9.2.0", "pytest-xdist==3.8.0")
-    session.run(*PYTEST, "--confcutdir=tests/rewarped", "tests/rewarped", *session.posargs)
+    session.run(*PYTEST, "--confcutdir=tests/rfo", "tests/rfo", *session.posargs)

@@ -1,8 +1,9 @@
 """Promise: the return is differentiated rightly, through policy and simulator, across no reset and past every reset."""
 
 import torch
-from conftest import make, rfo, small_args
-from envs import Linear
+from rfo_envs import Linear
+
+from rfo.conftest import make, rfo, small_args
 
 DOUBLE = {"dtype": "float64"}
 
@@ -40,7 +41,9 @@ def test_finite_differences():
 
 def test_finite_differences_with_resets_and_chunks():
     """Also where episodes end within the rollout, two actions at a time."""
-    check_against_finite_differences(small_args(env_id="envs:Falls", env_kwargs=DOUBLE, action_chunk=2, uniform_coef=0))
+    check_against_finite_differences(
+        small_args(env_id="rfo_envs:Falls", env_kwargs=DOUBLE, action_chunk=2, uniform_coef=0)
+    )
 
 
 class LinearPolicy(torch.nn.Module):
@@ -99,7 +102,7 @@ class OpenLoop(torch.nn.Module):
 def test_resets_cut_one_environment_only():
     """A reward depends on an action before it in the same episode, and on no other; the environments that go on keep
     their gradient, though Rewarped's reset drops it."""
-    args = small_args(env_id="envs:Falls", env_kwargs=DOUBLE)
+    args = small_args(env_id="rfo_envs:Falls", env_kwargs=DOUBLE)
     envs, agent = make(args, double=True)
     agent.policy = OpenLoop(torch.randn(8, 4, 1, dtype=torch.float64, requires_grad=True))
     rewards = rfo.collect_rollout(agent, envs, args)["rewards"]

@@ -6,8 +6,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, SMALL, cli, make, rfo, run, scalars, small_args  # noqa: F401  (a fixture)
 from shac_rewarped import GaussianPolicy
+
+from rfo.conftest import ROOT, SMALL, cli, make, rfo, run, scalars, small_args  # noqa: F401  (a fixture)
 
 TWIN = {"past_coef": 0.0, "uniform_coef": 0.0}
 
@@ -26,7 +27,7 @@ def test_logs(tmp_path):
 def test_resumed_is_never_stopped(tmp_path, policy_class, flags):
     """Where the simulator carries nothing from rollout to rollout, a resumed run ends bit for bit as one that was never
     stopped: parameters, statistics, optimizers, noise and the rollouts that flow matching remembers."""
-    args = small_args(env_id="envs:Fixed", total_timesteps=160, checkpoint_interval=1, **flags)
+    args = small_args(env_id="rfo_envs:Fixed", total_timesteps=160, checkpoint_interval=1, **flags)
     rates = {"final_learning_rate": args.learning_rate}  # the schedule of the shorter run is another one
     whole = rfo.train(dataclasses.replace(args, runs_dir=str(tmp_path / "a"), seed=2, **rates), policy_class)["run_dir"]
     short = dataclasses.replace(args, runs_dir=str(tmp_path / "b"), seed=2, total_timesteps=96, **rates)
@@ -41,7 +42,7 @@ def test_resumed_is_never_stopped(tmp_path, policy_class, flags):
 
 def test_rollout_without_a_finite_gradient_is_dropped(tmp_path, capsys):
     """No parameter moves, it is counted, and training goes on."""
-    args = small_args(env_id="envs:Explodes", runs_dir=str(tmp_path), checkpoint_interval=1, total_timesteps=64)
+    args = small_args(env_id="rfo_envs:Explodes", runs_dir=str(tmp_path), checkpoint_interval=1, total_timesteps=64)
     metrics = rfo.train(args)
     assert metrics["charts/dropped_rollouts"] == 1 and "rollout 1 is not finite" in capsys.readouterr().out
     after = rfo.load_checkpoint(metrics["run_dir"])["agent"]
@@ -101,19 +102,19 @@ def test_evaluation_plays_the_trained_policy(tmp_path, capsys):
 
 def test_dictionary_observations(tmp_path):
     """Are one vector, in the dictionary's order."""
-    envs, _ = make(small_args(env_id="envs:Dictionary"))
+    envs, _ = make(small_args(env_id="rfo_envs:Dictionary"))
     assert envs.obs.shape == (4, 3)
     torch.testing.assert_close(envs.obs[:, 1], envs.obs[:, 2])
-    rfo.train(small_args(env_id="envs:Dictionary", runs_dir=str(tmp_path)))
+    rfo.train(small_args(env_id="rfo_envs:Dictionary", runs_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
         ("--env-id Nothing", "no such class"),
-        ("--env-id envs:Nothing", "no such class"),
+        ("--env-id rfo_envs:Nothing", "no such class"),
         ("--env-id nowhere:Nothing", "No module named 'nowhere'"),
-        ('--env-id envs:Linear --env-kwargs {"gravity":1}', "gravity"),
+        ('--env-id rfo_envs:Linear --env-kwargs {"gravity":1}', "gravity"),
         ("--evaluate nowhere", "holds no checkpoint"),
         ("--resume nowhere", "holds no checkpoint"),
     ],

@@ -35,7 +35,7 @@ class Ended(NamedTuple):
 
 def small_args(**flags):
     """Arguments of runs that take a second."""
-    small = {"env_id": "envs:Linear", "num_envs": 4, "horizon": 8, "critic_epochs": 2, "total_timesteps": 96}
+    small = {"env_id": "rfo_envs:Linear", "num_envs": 4, "horizon": 8, "critic_epochs": 2, "total_timesteps": 96}
     return rfo.Args(**{**small, **flags})
 
 

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make, rfo, small_args
+
+from rfo.conftest import make, rfo, small_args
 
 MEAN, DEVIATION = 0.7, 0.4  # of the targets
 
@@ -117,7 +118,7 @@ def test_critics_learn_values():
 
 def test_chunks():
     """A chunk's actions are played in order, and a new one is drawn where one is used up or an episode has started."""
-    args = small_args(env_id="envs:Falls", action_chunk=4)
+    args = small_args(env_id="rfo_envs:Falls", action_chunk=4)
     envs, agent = make(args)
     drawn, played = [], []
     sample, step = agent.policy.sample, envs.step
