@@ -362,8 +362,8 @@ class Environments:
     """N environments of Rewarped. `step` starts new episodes without cutting the gradient of the other environments,
     and says which observation really followed."""
 
-    def __init__(self, env, env_id: str):
-        self.env, self.env_id = env, env_id
+    def __init__(self, env):
+        self.env = env
         env.reset()
         # Rewarped resets within `step`, and that cuts the gradient of every environment, not only of those that start
         # anew. So its own call does nothing, and `step` below resets.
@@ -442,7 +442,7 @@ def make_envs(args: Args, num_envs: int, no_grad: bool = False) -> Environments:
             if not classes:
                 raise BadInput("no such class; Rewarped's own are called Cartpole, Ant, Hopper, Jumper, Humanoid, ...")
             options = {"device": "cuda:0" if args.cuda else "cpu", "no_grad": no_grad, "seed": args.seed}
-            return Environments(classes[0](num_envs=num_envs, **options, **args.env_kwargs), args.env_id)
+            return Environments(classes[0](num_envs=num_envs, **options, **args.env_kwargs))
     except Exception as error:  # whatever a simulator raises, its user wants the sentence, not the stack
         raise BadInput(f"--env-id {args.env_id} does not work: {str(error) or type(error).__name__}") from error
 
@@ -512,22 +512,19 @@ def evaluate(checkpoint: str | Path, policy_class: type = FlowPolicy, **flags) -
         agent = Agent(args, policy_class, envs).to(envs.obs.device)
         load_checkpoint(checkpoint, agent)
         torch.manual_seed(args.seed)
-        returns, total, plan = torch.full_like(envs.episode[0], torch.nan), envs.episode[0], None
-        while returns.isnan().any():
-            total = envs.episode[0].clone()
+        returns, finished, plan = torch.zeros_like(envs.episode[0]), torch.zeros_like(envs.started), None
+        while not finished.all():
             action, plan, _, _ = agent.act(agent.normalize(envs.obs), plan, envs.started, args.temperature)
             reward, _, done, _ = envs.step(action)
-            returns = torch.where(done & returns.isnan(), total + reward, returns)  # each environment's first episode
+            returns = torch.where(finished, returns, returns + reward)  # of each environment's first episode
+            finished |= done
             bar.set_postfix_str(f"step {envs.episode[1].max().item():.0f}", refresh=False)
-            bar.update(int(returns.isfinite().sum()) - bar.n)
+            bar.update(int(finished.sum()) - bar.n)
     returns = returns.tolist()
     print(f"{len(returns)} episodes, temperature {args.temperature:g}: {np.mean(returns):.1f} ± {np.std(returns):.1f}")
     if args.export_onnx:
-        agent, obs, shapes = (
-            agent.cpu().float().eval(),
-            envs.seen()[-256:].cpu(),
-            {"obs": {0: torch.export.Dim("batch")}},
-        )
+        agent, obs = agent.cpu().float().eval(), envs.seen()[-256:].cpu()
+        shapes = {"obs": {0: torch.export.Dim("batch")}}
         names = {"input_names": ["obs"], "output_names": ["continuous_actions"]}
         program = torch.onnx.export(agent, (obs[:2],), **names, dynamic_shapes=shapes, opset_version=18, dynamo=True)
         program.model.ir_version = 9  # with opset 18 it is what robots' runtimes read, back to onnxruntime 1.16
