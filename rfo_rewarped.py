@@ -148,8 +148,8 @@ class Critic(nn.Module):
 
 def collect_rollout(agent, envs, args: Args) -> dict[str, torch.Tensor]:
     """Play H steps of N environments and keep the graph: what is returned can be differentiated down to the policy.
-    Normalized observations `obs` and those that really followed `next_obs`, (T, N, obs_dim); `rewards`, `terminated`
-    and `done`, (T, N); and of each decision its observation and latents, `decision_obs` and `latents`, (k, ...)."""
+    Normalized observations `obs` (T, N, obs_dim); `rewards`, `next_values` of the states that really followed,
+    `terminated` and `done`, (T, N); and of each decision its observation and latents, `decision_obs` and `latents`."""
     envs.detach()  # the states enter the graph anew
     steps, decisions, plan = [], [], None
     for _ in range(args.horizon):
@@ -161,6 +161,7 @@ def collect_rollout(agent, envs, args: Args) -> dict[str, torch.Tensor]:
         steps.append((obs, agent.normalize(next_obs), args.reward_scale * reward, terminated, done))
     names = "obs next_obs rewards terminated done".split()
     rollout = {name: torch.stack(column) for name, column in zip(names, zip(*steps))}
+    rollout["next_values"] = agent.critic(rollout.pop("next_obs")).mean(-1)
     rollout["decision_obs"], rollout["latents"] = (torch.cat(column) for column in zip(*decisions))
     return rollout
 
@@ -180,8 +181,8 @@ def discounted_return(rewards, next_values, terminated, done, gamma: float) -> t
 def actor_loss(agent, args: Args, rollout: dict[str, torch.Tensor], past: list) -> tuple[torch.Tensor, dict]:
     """L = -J / (N H) + c_past CFM(latents of the last two rollouts) + c_uniform CFM(atanh of uniform actions), and its
     parts to be logged. `past` holds (observations, latents) of up to two earlier rollouts."""
-    next_values = agent.critic(rollout["next_obs"]).mean(-1)
-    returns = discounted_return(rollout["rewards"], next_values, rollout["terminated"], rollout["done"], args.gamma)
+    steps = (rollout[name] for name in ("rewards", "next_values", "terminated", "done"))
+    returns = discounted_return(*steps, args.gamma)
     loss = -returns.mean() / args.horizon
     parts = {"losses/actor_loss": loss}
     if args.past_coef > 0 and past:
@@ -212,12 +213,9 @@ def td_lambda_targets(rewards, next_values, terminated, done, gamma: float, td_l
 
 def critic_update(agent, optimizer, args: Args, rollout: dict[str, torch.Tensor]) -> dict[str, float]:
     """Regress both value functions on the same TD(lambda) targets. Returns what is logged."""
-    data = {name: x.detach() for name, x in rollout.items()}
-    with torch.no_grad():
-        next_values = agent.critic(data["next_obs"]).mean(-1)
-        ends = data["rewards"], next_values, data["terminated"], data["done"]
-        targets = td_lambda_targets(*ends, args.gamma, args.td_lambda).flatten()
-    obs, losses = data["obs"].flatten(0, 1), []
+    steps = (rollout[name].detach() for name in ("rewards", "next_values", "terminated", "done"))
+    targets = td_lambda_targets(*steps, args.gamma, args.td_lambda).flatten()
+    obs, losses = rollout["obs"].detach().flatten(0, 1), []
     for _ in range(args.critic_epochs):
         for rows in torch.randperm(len(obs), device=obs.device).chunk(args.num_minibatches):
             loss = (agent.critic(obs[rows]) - targets[rows, None]).square().mean()
